@@ -87,7 +87,7 @@ def load_torchvision(name, root, train):
             "fashion_mnist": lambda **options: datasets.FashionMNIST(root, train, **options)}[name]
     try:
         if name == "fashion_mnist":
-            unpack(root / "FashionMNIST" / "raw", "train" if train else "t10k")
+            unpack(root / "FashionMNIST" / "raw")
         try:
             data = make(download=False)
         except ModuleNotFoundError:
@@ -104,9 +104,9 @@ def load_torchvision(name, root, train):
     return data.data, data.targets
 
 
-def unpack(folder, part):
-    """Unpacks the files that are there. torchvision would first want the exact bytes of one published archive."""
-    for archive in folder.glob(f"{part}-*-ubyte.gz"):
+def unpack(folder):
+    """Unpacks the archives that are there: torchvision wants all four files, and of archives the bytes of one edition."""
+    for archive in folder.glob("*-ubyte.gz"):
         if not archive.with_suffix("").exists():
             write_file(archive.with_suffix(""), lambda file: file.write(gzip.decompress(archive.read_bytes())))
 
