@@ -23,28 +23,37 @@ class AfterReLU(nn.Module):
         return self.body(F.relu(x))
 
 
-class ShiftedConvs(nn.Module):
-    """Two 1x1 convolutions of stride 2, the second on the input shifted by one pixel: no pixel is skipped."""
-
-    def __init__(self, C_in, C):
-        super().__init__()
-        self.conv1 = nn.Conv2d(C_in, C // 2, 1, stride=2, bias=False)
-        self.conv2 = nn.Conv2d(C_in, C - C // 2, 1, stride=2, bias=False)
-
-    def forward(self, x):
-        shifted = F.pad(x, (-1, 1, -1, 1))                  # same size, so odd sizes fit too
-        return torch.cat([self.conv1(x), self.conv2(shifted)], dim=1)
-
-
-class Noise(nn.Module):
-    """S4's operation: N(0, 1), fresh at every call, also in eval mode; only the shape comes from x."""
+class Subsample(nn.Module):
+    """Every `stride`-th pixel. A 1x1 convolution follows it instead of having the stride itself: the same numbers, and
+    the CPU's backward pass of strided 1x1 convolutions overruns its memory (torch 2.14, channels_last, 56x56)."""
 
     def __init__(self, stride):
         super().__init__()
         self.stride = stride
 
     def forward(self, x):
-        return torch.randn_like(x[:, :, ::self.stride, ::self.stride])
+        return x[:, :, ::self.stride, ::self.stride]
+
+
+class ShiftedConvs(nn.Module):
+    """Two 1x1 convolutions of stride 2, the second on the input shifted by one pixel: no row or column is lost."""
+
+    def __init__(self, C_in, C):
+        super().__init__()
+        self.every_second = Subsample(2)
+        self.conv1 = nn.Conv2d(C_in, C // 2, 1, bias=False)
+        self.conv2 = nn.Conv2d(C_in, C - C // 2, 1, bias=False)
+
+    def forward(self, x):
+        shifted = F.pad(x, (-1, 1, -1, 1))                  # same size, so odd sizes fit too
+        return torch.cat([self.conv1(self.every_second(x)), self.conv2(self.every_second(shifted))], dim=1)
+
+
+class Noise(Subsample):
+    """S4's operation: N(0, 1), fresh at every call, also in eval mode; only the shape comes from x."""
+
+    def forward(self, x):
+        return torch.randn_like(super().forward(x))
 
 
 def FactorizedReduce(C_in, C, affine):
@@ -52,7 +61,8 @@ def FactorizedReduce(C_in, C, affine):
 
 
 def conv_bn(C_in, C, kernel, stride, affine):
-    return AfterReLU(nn.Conv2d(C_in, C, kernel, stride, padding=kernel // 2, bias=False),
+    subsample = [Subsample(stride)] if kernel == 1 else []
+    return AfterReLU(*subsample, nn.Conv2d(C_in, C, kernel, 1 if kernel == 1 else stride, padding=kernel // 2, bias=False),
                      nn.BatchNorm2d(C, affine=affine))
 
 

@@ -177,7 +177,8 @@ class Run:
     def __init__(self, program, config, result, resumed, writes=True):
         self.folder, self.writes, self.epoch = Path(config["out"]), writes, 0
         self.checkpoint, self.result = self.folder / "checkpoint.pt", self.folder / result
-        self.resume_command = f"python {program} --resume {shlex.quote(config['out'])}"
+        launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
+        self.resume_command = f"{launcher} {program} --resume {shlex.quote(config['out'])}"
         if self.result.exists():
             raise Exit(f"{self.folder} holds a finished run ({self.result.name}): choose another --out")
         if self.checkpoint.exists() and not resumed:

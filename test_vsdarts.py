@@ -102,8 +102,8 @@ def slow_supernet(p, space, layers, node_norm, sqrt_beta, x):
         kind, cell = ("reduce" if reduction else "normal"), f"cells.{layer}"
         beta = torch.exp(p[f"alpha_{kind}"]) / torch.exp(p[f"alpha_{kind}"]).sum(1, keepdim=True)
         states = [slow_reduce(p, f"{cell}.preprocess0", s0) if reduced_before else
-                  slow_norm(F.conv2d(F.relu(s0), p[f"{cell}.preprocess0.body.0.weight"])),
-                  slow_norm(F.conv2d(F.relu(s1), p[f"{cell}.preprocess1.body.0.weight"]))]
+                  slow_norm(F.conv2d(F.relu(s0), p[f"{cell}.preprocess0.body.1.weight"])),
+                  slow_norm(F.conv2d(F.relu(s1), p[f"{cell}.preprocess1.body.1.weight"]))]
         offset = 0
         for j in range(2, 6):
             total = 0
@@ -154,7 +154,7 @@ def test_sharing_per_node_equals_every_edge_alone(float64, stride):
         nodes.append(alone(cell.preprocess0(x), weights[i, j]))
     expected = torch.cat(nodes, 1)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    inputs = [*weights.values(), cell.preprocess0.body[0].weight]
+    inputs = [*weights.values(), cell.preprocess0.body[1].weight]
     for a, b in zip(torch.autograd.grad(got.square().sum(), inputs), torch.autograd.grad(expected.square().sum(), inputs)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
@@ -295,6 +295,15 @@ def test_factorized_reduce_on_any_size(float64, size):
             if rows[a] + start < size and rows[b] + start < size:
                 picked[:, :, a, b] = relu[:, :, rows[a] + start, rows[b] + start]
         torch.testing.assert_close(half, slow_norm(torch.einsum("oi,bihw->bohw", conv.weight[:, :, 0, 0], picked)))
+
+
+@pytest.mark.parametrize("name", ["nor_conv_1x1", "skip_connect"])
+def test_strided_1x1_convolutions_train_in_channels_last(name):
+    op = OPS[name](4, 2, True).to(memory_format=torch.channels_last)                     # a strided convolution dies here
+    for _ in range(5):
+        x = torch.randn(4, 4, 56, 56).contiguous(memory_format=torch.channels_last).requires_grad_()
+        op(x).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -678,3 +687,552 @@ def test_genotypes_table(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert re.search(r"VS_DARTS +3,716,326 +3\.38 +2\.43 .* 5,245,600 +5\.3 +579\.4 +589 +thop", shown)
     assert "three\nconventions" in shown and "which is VS_DARTS_2nd" in shown
+
+
+# ---------------------------------------------------------------- the derived network
+
+def tiny_network(**options):
+    torch.manual_seed(0)
+    return Network(PUBLISHED["VS_DARTS"].genotype, 4, 3, 10, **options)
+
+
+def test_auxiliary_heads_have_the_reference_counts():
+    with torch.device("meta"):
+        for channels, classes, imagenet, expected in ((576, 10, False, 476426), (768, 1000, True, 1260776)):
+            assert sum(p.numel() for p in AuxiliaryHead(channels, classes, imagenet).parameters()) == expected
+        cifar = Network(PUBLISHED["VS_DARTS"].genotype, auxiliary=True)
+        assert count_parameters(cifar) == 3716326 and cifar.auxiliary_layer == 13
+        logits, logits_aux = cifar(torch.zeros(2, 3, 32, 32))
+        assert logits.shape == logits_aux.shape == (2, 10)
+        imagenet = Network(PUBLISHED["VS_DARTS"].genotype, 48, 14, 1000, auxiliary=True, imagenet=True)
+        assert imagenet.auxiliary_layer == 9 and imagenet(torch.zeros(2, 3, 224, 224))[1].shape == (2, 1000)
+        assert imagenet.eval()(torch.zeros(2, 3, 224, 224))[1] is None                   # training only
+
+
+def test_auxiliary_head_leaves_the_trunk_alone_and_gets_gradients():
+    head, trunk = AuxiliaryHead(8, 10, False), torch.randn(2, 8, 8, 8)
+    before = trunk.clone()
+    head(trunk)
+    assert torch.equal(trunk, before)
+    net, images, labels = tiny_network(auxiliary=True), torch.randn(4, 3, 32, 32), torch.arange(4)
+    losses = {}
+    for weight in (0.0, 0.4):
+        config = {"label_smooth": 0.0, "auxiliary_weight": weight, "grad_clip": 5.0}
+        optimizer = torch.optim.SGD(net.parameters(), 0.0)
+        losses[weight] = retrain.train_step(net, optimizer, images, labels, config, no_autocast)[0].item()
+    logits, logits_aux = net(images)
+    expected = F.cross_entropy(logits, labels) + 0.4 * F.cross_entropy(logits_aux, labels)
+    assert losses[0.4] == pytest.approx(expected.item()) != losses[0.0]
+    assert net.auxiliary_head.classifier.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="fits 8x8 feature maps .32x32 images., not 7x7"):
+        net(torch.randn(2, 3, 28, 28))
+
+
+def test_drop_path_is_per_sample_not_in_place_and_unbiased():
+    torch.manual_seed(0)
+    x = torch.ones(4000, 2, 3, 3)
+    dropped = drop_path(x, 0.2)
+    assert torch.equal(x, torch.ones_like(x))
+    assert set(dropped.flatten(1).unbind(1)[0].tolist()) == {0.0, 1.25}
+    assert torch.equal(dropped, dropped[:, :1, :1, :1].expand_as(dropped))               # a sample whole or not at all
+    assert abs(dropped.mean() - 1) < 0.03
+
+
+def test_drop_path_takes_all_inputs_but_identities():
+    torch.manual_seed(0)
+    nodes, probability = (((("skip_connect", 0), ("avg_pool_3x3", 1)),) + ((("skip_connect", 2), ("skip_connect", 2)),)), 0.5
+    cell = Cell(nodes, (2, 3), 2, 2, 2, False, False)
+    cell.preprocess0 = cell.preprocess1 = torch.nn.Identity()
+    s0, s1 = torch.rand(64, 2, 4, 4) + 1, torch.rand(64, 2, 4, 4) + 1
+    before, plain = s0.clone(), cell.eval()(s0, s1, probability)
+    out = cell.train()(s0, s1, probability)
+    pooled = plain[:, :2] - s0
+    assert torch.equal(s0, before)
+    torch.testing.assert_close(plain[:, :2], cell(s0, s1, 0.0)[:, :2])                   # neither in eval mode nor at 0
+    rest = out[:, :2] - s0                                                               # the identity is always whole
+    kept = rest.flatten(1).abs().sum(1) > 1e-3
+    assert 15 < kept.sum() < 49
+    torch.testing.assert_close(rest[kept], pooled[kept] / 0.5, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[:, 2:], 2 * out[:, :2])
+    strided = Cell(((("skip_connect", 0),),), (2,), 2, 2, 2, True, False)                # a strided skip is no identity
+    values = strided(s0, s1, probability).flatten(1).abs().sum(1)
+    assert 15 < (values == 0).sum() < 49
+
+
+def test_any_genotype_trains(float64):
+    cells = [PUBLISHED[name].genotype for name in ("NASNet_A", "AmoebaNet_A", "AmoebaNet_B", "FairDARTS_B")]
+    cells.append(Genotype(((("noise", 0), ("sep_conv_3x3", 1)),), (2,), ((("noise", 0), ("sep_conv_5x5", 1)),), (2,)))
+    for genotype in cells:
+        for size, imagenet in ((9, False), (64, True)):
+            net = Network(genotype, 4, 3, 5, imagenet=imagenet)
+            F.cross_entropy(net(torch.randn(2, 3, size, size))[0], torch.tensor([0, 4])).backward()
+            assert net.stem0[0].weight.grad.abs().sum() > 0
+
+
+def test_derived_cell_equals_its_formula(float64):
+    torch.manual_seed(0)
+    cell = Cell(PUBLISHED["DARTS_V2"].genotype.normal, (2, 3, 4, 5), 3, 4, 4, False, False)
+    s0, s1 = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+    x0, x1 = cell.preprocess0(s0), cell.preprocess1(s1)
+    o = cell.ops
+    x2 = o[0][0](x0) + o[0][1](x1)
+    x3 = o[1][0](x0) + o[1][1](x1)
+    x4 = o[2][0](x1) + x0
+    x5 = x0 + o[3][1](x2)
+    torch.testing.assert_close(cell(s0, s1, 0.0), torch.cat([x2, x3, x4, x5], 1))
+    assert all(isinstance(o[j][k], AfterReLU) for j, k in ((0, 0), (0, 1), (3, 1))) and o[2][0].body[2].affine
+
+
+# ---------------------------------------------------------------- schedules and metrics
+
+def rates(config):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], config["learning_rate"])
+    scheduler, seen = retrain.make_scheduler(config, optimizer), []
+    for _ in range(config["epochs"]):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_schedules_equal_their_formulas():
+    cosine = rates(retrain.all_flags({"genotype": "VS_DARTS"}))
+    np.testing.assert_allclose(cosine, [0.025 * (1 + math.cos(math.pi * e / 600)) / 2 for e in range(600)], atol=1e-9)
+    darts = rates(retrain.all_flags({"genotype": "VS_DARTS", "dataset": "imagenet"}))
+    np.testing.assert_allclose(darts, [0.1 * 0.97 ** e for e in range(250)], rtol=1e-9)
+    given = {"genotype": "VS_DARTS", "dataset": "imagenet", "lr_scheduler": "linear"}
+    warm = [0.5 * (e + 1) / 5 for e in range(5)]
+    linear = [0.5 * (245 - e) / 245 if e < 245 else 0.5 * (250 - e) / 1225 for e in range(250)]
+    np.testing.assert_allclose(rates(retrain.all_flags(given)), warm + linear[5:], rtol=1e-9)
+    small = rates(retrain.all_flags({**given, "batch_size": 256, "learning_rate": 0.5}))
+    np.testing.assert_allclose(small, linear, rtol=1e-9)                                 # no warmup up to 256
+
+
+def test_protocols():
+    def some(given):
+        config = retrain.all_flags({"genotype": "VS_DARTS", **given})
+        return tuple(config[key] for key in ("epochs", "batch_size", "layers", "init_channels", "learning_rate",
+                                             "weight_decay", "label_smooth", "drop_path_prob", "cutout_length"))
+    assert some({}) == (600, 96, 20, 36, 0.025, 3e-4, 0.0, 0.2, 16)
+    assert some({"dataset": "svhn"}) == some({"dataset": "cifar100"}) == (600, 96, 8, 16, 0.025, 3e-4, 0.0, 0.2, 16)
+    assert some({"dataset": "imagenet"}) == (250, 128, 14, 48, 0.1, 3e-5, 0.1, 0.0, 0)
+    assert some({"dataset": "imagenet", "lr_scheduler": "linear"}) == (250, 1024, 14, 48, 0.5, 3e-5, 0.1, 0.0, 0)
+    assert some({"dataset": "imagenet", "lr_scheduler": "linear", "batch_size": 32})[1] == 32     # explicit flags win
+    config = search.all_flags({})
+    assert [config[key] for key in ("epochs", "batch_size", "layers", "init_channels", "learning_rate", "learning_rate_min",
+                                    "weight_decay", "arch_learning_rate", "arch_weight_decay", "grad_clip", "momentum")] == [
+        50, 64, 8, 16, 0.025, 0.001, 5e-3, 3e-4, 1e-3, 5.0, 0.9]
+
+
+def test_hits_stop_at_the_number_of_classes():
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    assert run.hits(logits, torch.tensor([0, 0, 1])).tolist() == [1, 3]
+    logits, labels = torch.randn(50, 20), torch.randint(20, (50,))
+    ranks = [(row > row[label]).sum().item() for row, label in zip(logits, labels)]
+    assert run.hits(logits, labels).tolist() == [sum(r < 1 for r in ranks), sum(r < 5 for r in ranks)]
+
+
+def test_meter_names_the_step_whose_loss_is_not_finite():
+    meter = run.Meter(5, "cpu")
+    for step, loss in enumerate((1.0, 2.0, float("nan"), 1.0)):
+        meter.add(step, torch.tensor(loss), torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))
+    assert meter.loss_so_far(7, 1) == 1.5
+    with pytest.raises(run.Exit, match="epoch 7, step 2") as error:
+        meter.loss_so_far(7, 3)
+    assert error.value.status == 1
+
+
+# ---------------------------------------------------------------- files
+
+def test_checkpoints_are_safe_and_never_half_written(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    run.save_checkpoint(path, {"epoch": 1, "w": torch.ones(2)})
+    with pytest.raises(ValueError, match="tensors and plain values"):
+        run.save_checkpoint(path, {"epoch": 2, "where": tmp_path, "x": np.float64(1)})
+    assert run.load_checkpoint(path)["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
+    with pytest.raises(ZeroDivisionError):
+        run.write_file(path, lambda file: (file.write(b"half"), 1 / 0))
+    assert run.load_checkpoint(path)["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+# ---------------------------------------------------------------- search.py as a command
+
+def lines_of(folder):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def tensors_equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(tensors_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(tensors_equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def program(*arguments, wait=True, launcher=(sys.executable,), **options):
+    process = subprocess.Popen([*launcher, *map(str, arguments)], cwd=HERE, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True, **options)
+    return (*process.communicate(), process.returncode) if wait else process
+
+
+def kill_after_an_epoch(process, folder, number):
+    while not (folder / "checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
+    return (*process.communicate(), process.returncode)
+
+
+def assert_same_runs(a, b):
+    assert lines_of(a) == lines_of(b)
+    first, second = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b))
+    assert tensors_equal(first, second)
+
+
+def test_search_on_digits_writes_a_whole_run(tmp_path, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr(search, "load", lambda *args, **options: opened.append(options["train"]) or data.load(*args, **options))
+    out = tmp_path / "run"
+    assert search.main([*SMALL, "--node_norm", "--larc", "--sqrt_beta", "--epochs", "3", "--out", str(out)]) is None
+    assert opened == [True]                                                              # never the test split
+    shown = capsys.readouterr().out
+    assert shown.count("epoch ") == 3 and "\r" not in shown                              # not a terminal: epoch lines only
+    assert shown.splitlines()[-1] == f"python retrain.py --genotype {out}/genotype.json --dataset digits"
+    assert sorted(os.listdir(out)) == ["checkpoint.pt", "config.json", "genotype.json", "log.jsonl"]
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(out / "checkpoint.pt") == []
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    net = SuperNet(SPACES["darts"], 2, 3)
+    net.load_state_dict(saved["net"], strict=False)
+    written = genotypes.load(str(out / "genotype.json"))
+    assert written == brute_derive(SPACES["darts"], net.betas())                         # of the alphas saved last
+    for e, record in enumerate(lines_of(out)):
+        assert record["lr"] == pytest.approx(0.001 + 0.024 * (1 + math.cos(math.pi * e / 3)) / 2, abs=1e-12)
+        assert np.shape(record["alpha_normal"]) == np.shape(record["alpha_reduce"]) == (14, 8)
+        assert 0 < record["beta_none"] < 1
+    assert record["alpha_normal"] == net.alpha_normal.tolist()
+    with pytest.raises(run.Exit, match="holds a finished run"):
+        search.main([*SMALL, "--out", str(out)])
+    assert genotypes.load(str(out / "genotype.json")) == written
+
+
+def test_default_rates_end_where_darts_ends(monkeypatch):
+    optimizer = LARC([torch.zeros(1, requires_grad=True)], 0.025)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50, 0.001)
+    for _ in range(49):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1.023679e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("space, switches", [("s1", ["--node_norm"]), ("s2", []), ("s3", ["--larc", "--larc_clip", "--larc_trust",
+                                             "0.02"]), ("s4", ["--node_norm", "--sqrt_beta"])])
+def test_search_runs_in_every_space(tmp_path, space, switches):
+    search.main([*SMALL, "--space", space, *switches, "--epochs", "1", "--out", str(tmp_path / "run")])
+    genotype = genotypes.load(str(tmp_path / "run" / "genotype.json"))
+    for kind in ("normal", "reduce"):
+        for j, node in enumerate(getattr(genotype, kind), start=2):
+            assert all(name in SPACES[space][kind][i, j] for name, i in node)
+
+
+def test_search_warns_of_sqrt_beta_alone(tmp_path, capsys):
+    search.main([*SMALL, "--space", "s2", "--sqrt_beta", "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert "about 2, 6, 15 and 32" in capsys.readouterr().err
+
+
+SEARCHED = [*SMALL, "--space", "s4", "--node_norm", "--larc", "--sqrt_beta", "--epochs", "4", "--batch_size", "64",
+            "--train_portion", "0.4"]                       # S4's noise needs its generator; unequal halves a cycled stream
+
+
+@pytest.fixture(scope="module")
+def whole_search(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert program("search.py", *SEARCHED, "--out", out)[2] == 0
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_search_goes_on_to_the_same_end(tmp_path, whole_search, number):
+    out = tmp_path / "run"
+    _, errors, status = kill_after_an_epoch(program("search.py", *SEARCHED, "--out", out, wait=False), out, number)
+    assert not (out / "genotype.json").exists()
+    if number != signal.SIGKILL:
+        assert status == 128 + number and errors.count("\n") == 1
+        assert errors.strip().endswith(f"go on with: python search.py --resume {out}")
+    (out / "log.jsonl").open("a").write('{"epoch": 99, "half a li')                      # a line of an unfinished epoch
+    with pytest.raises(run.Exit, match="holds an unfinished run: go on with `python search.py --resume"):
+        search.main([*SEARCHED, "--out", str(out)])
+    assert program("search.py", "--resume", out)[2] == 0
+    assert_same_runs(out, whole_search)
+    assert (out / "genotype.json").read_bytes() == (whole_search / "genotype.json").read_bytes()
+
+
+def test_a_diverged_search_ends_early_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    out, calls = tmp_path / "run", itertools.count()
+    step = search.weight_step
+
+    def poisoned(*args):
+        loss, logits = step(*args)
+        return (loss * float("nan") if next(calls) == 4 else loss), logits               # 3 steps an epoch
+    monkeypatch.setattr(search, "weight_step", poisoned)
+    with pytest.raises(run.Exit, match="not finite in epoch 1, step 1") as error:
+        search.main([*SMALL, "--space", "s2", "--epochs", "3", "--out", str(out)])
+    assert error.value.status == 1 and run.load_checkpoint(out / "checkpoint.pt")["epoch"] == 1
+
+
+BAD = [  # arguments of search.py, and what its one line says
+    (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+    (["--epochs", "0"], "--epochs: it must be a whole number from 1, not '0'"),
+    (["--train_portion", "1.5"], "from 0 to 1|above 0 to 1"),
+    (["--learning_rate", "nan"], "must be a number"),
+    (["--layers", "2"], "from 3"),
+    (["--init_channels", "-4"], "from 1"),
+    (["--batch_size", "1"], "from 2"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch"),
+    (["--larc_trust", "0"], "above 0"),
+    (["--dataset", "digits", "--train_portion", "0.0001"], "leaves a part without"),
+    (["--dataset", "digits", "--learning_rate", "0.0001"], "--learning_rate_min 0.001 is above"),
+    (["--dataset", "digits", "--device", "cuda"], "--device cuda cannot be used here"),
+    (["--dataset", "digits", "--device", "warp"], "--device warp cannot be used here"),
+    (["--dataset", "digits", "--out", "/proc/nowhere/run"], "cannot write in /proc/nowhere/run"),
+    (["--dataset", "folder", "--data", "nowhere"], "it needs train/CLASS/IMAGE"),
+    (["--resume", "nowhere"], "nowhere/config.json cannot be read"),
+]
+
+
+@pytest.mark.parametrize("arguments, said", BAD)
+def test_bad_input_is_named(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    with pytest.raises(run.Exit, match=said) as error:
+        search.main(arguments)
+    assert error.value.status == 2 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("script", ["search.py", "retrain.py", "genotypes.py"])
+def test_a_mistake_ends_in_one_line_and_status_2(script):
+    out, errors, status = program(script, "--nonsense", "x")
+    assert status == 2 and "Traceback" not in errors
+    assert script == "genotypes.py" or (errors.startswith(f"{script}: unrecognized") and errors.count("\n") == 1)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("no network")
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
+def test_missing_data_is_named(tmp_path, offline, name):
+    with pytest.raises(run.Exit, match="put .* there.*--dataset digits needs no files") as error:
+        data.load(name, tmp_path, train=True)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_data_is_named(tmp_path, offline):
+    make_fashion_mnist(tmp_path)
+    archive = tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte.gz"
+    archive.write_bytes(archive.read_bytes()[:1000])
+    with pytest.raises(run.Exit, match="fashion_mnist cannot be read"):
+        data.load("fashion_mnist", tmp_path, train=True)
+    assert not archive.with_suffix("").exists()
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half")
+    with pytest.raises(run.Exit, match="cifar10 cannot be read"):
+        data.load("cifar10", tmp_path, train=True)
+    make_folder(tmp_path / "tree")
+    (tmp_path / "tree/train/dark/0.png").write_bytes(b"no picture")
+    with pytest.raises(run.Exit, match="an image cannot be read"):
+        data.load("folder", tmp_path / "tree", train=True)
+    (tmp_path / "tree/val/other").mkdir()
+    (tmp_path / "tree/val/dark/0.png").rename(tmp_path / "tree/val/other/0.png")
+    with pytest.raises(run.Exit, match="different classes"):
+        data.load("folder", tmp_path / "tree", train=False)
+
+
+def test_resuming_refuses_other_settings_and_other_files(tmp_path):
+    out = tmp_path / "run"
+    search.main([*SMALL, "--space", "s2", "--epochs", "1", "--out", str(out)])
+    with pytest.raises(run.Exit, match="holds a finished run"):
+        search.main(["--resume", str(out)])
+    (out / "genotype.json").unlink()
+    with pytest.raises(run.Exit, match="--layers 5 differs from 3"):
+        search.main(["--resume", str(out), "--layers", "5"])
+    with pytest.raises(run.Exit, match="is not a run of retrain.py"):
+        retrain.main(["--resume", str(out)])
+    search.main(["--resume", str(out), "--device", "cpu"])                               # as after a kill at the very end
+    assert (out / "genotype.json").exists()
+    (out / "genotype.json").unlink()
+    for content in (b"no checkpoint", b""):
+        (out / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(run.Exit, match="is no checkpoint that can be read"):
+            search.main(["--resume", str(out)])
+    run.save_checkpoint(out / "checkpoint.pt", {"epoch": 1})
+    with pytest.raises(run.Exit, match="it lacks net"):
+        search.main(["--resume", str(out)])
+    run.save_checkpoint(out / "checkpoint.pt", {key: {"x": torch.ones(1)} if key != "epoch" else 1 for key in
+                                                ("epoch", "net", "w_optimizer", "alpha_optimizer", "scheduler")})
+    with pytest.raises(run.Exit, match="does not fit this network"):
+        search.main(["--resume", str(out)])
+
+
+# ---------------------------------------------------------------- retrain.py as a command
+
+RETRAINED = ["--genotype", "VS_DARTS", "--dataset", "digits", "--layers", "3", "--init_channels", "2", "--epochs", "4",
+             "--batch_size", "96"]
+
+
+@pytest.fixture(scope="module")
+def whole_retraining(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert program("retrain.py", *RETRAINED, "--out", out)[2] == 0
+    return out
+
+
+def test_retraining_reports_the_last_epoch(whole_retraining):
+    result, records = json.loads((whole_retraining / "result.json").read_text()), lines_of(whole_retraining)
+    errors = [record["test_error"] for record in records]
+    assert len(records) == 4 and result["test_error"] == errors[-1] and result["epoch"] == 3
+    assert result["best on test (optimistic)"] == min(errors) and errors[result["best_epoch"]] == min(errors)
+    assert records[1]["lr"] == pytest.approx(0.025 * (1 + math.cos(math.pi / 4)) / 2)
+    assert result["seed"] == 0 and result["torch"] == torch.__version__ and "--cutout_length 2" in result["command"]
+    weights = torch.load(whole_retraining / "weights.pt", weights_only=True)
+    net = Network(genotypes.load(str(whole_retraining / "genotype.json")), 2, 3, 10)
+    net.load_state_dict(weights)
+    assert result["parameters"] == count_parameters(net) and result["macs"] == count_macs(net, 8)
+    split, wrong = data.load("digits", "unused", train=False), 0
+    for image, label in zip(split.images, split.labels):                                 # one at a time
+        pixels = (image.permute(2, 0, 1) / 255 - split.spec.mean[0]) / split.spec.std[0]
+        wrong += int(net.eval()(pixels[None])[0].argmax() != label)
+    assert result["test_error"] == pytest.approx(100 * wrong / 360)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_retraining_goes_on_to_the_same_end(tmp_path, whole_retraining, number):
+    out = tmp_path / "run"
+    _, errors, _ = kill_after_an_epoch(program("retrain.py", *RETRAINED, "--out", out, wait=False), out, number)
+    assert number == signal.SIGKILL or errors.strip().endswith(f"python retrain.py --resume {out}")
+    assert not (out / "result.json").exists()
+    assert program("retrain.py", "--resume", out)[2] == 0
+    assert_same_runs(out, whole_retraining)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (out, whole_retraining)]
+    assert {**results[0], "command": ""} == {**results[1], "command": ""}
+    assert tensors_equal(*(torch.load(folder / "weights.pt", weights_only=True) for folder in (out, whole_retraining)))
+
+
+def test_evaluate_a_checkpoint(whole_retraining, capsys):
+    error = json.loads((whole_retraining / "result.json").read_text())["test_error"]
+    for name in ("weights.pt", "checkpoint.pt"):
+        retrain.main(["--evaluate", str(whole_retraining / name)])
+        assert f"test error {error:.2f}% (top-5 " in capsys.readouterr().out
+    with pytest.raises(run.Exit, match="is no checkpoint that can be read"):
+        retrain.main(["--evaluate", str(whole_retraining / "config.json")])
+
+
+def test_evaluation_builds_no_graph():
+    net, seen = tiny_network(), []
+    net.classifier.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
+    split = data.load("digits", "unused", train=False)
+    alone = retrain.Processes("cpu")
+    retrain.evaluate(net, lambda: data.test_batches(split, 100), torch.device("cpu"), alone, no_autocast)
+    supernet = SuperNet(SPACES["s2"], 2, 3)
+    supernet.classifier.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
+    search.evaluate(supernet, data.Batches(split, 100, 0), 0, no_autocast)
+    assert len(seen) == 8 and not any(seen) and not net.training
+
+
+def test_several_seeds_are_all_reported_and_resumable(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [*RETRAINED[:-4], "--epochs", "1", "--batch_size", "512", "--seeds", "0", "1", "2", "--out", str(out)]
+    retrain.main(arguments)
+    result = json.loads((out / "result.json").read_text())
+    errors = [json.loads((out / f"seed-{seed}/result.json").read_text())["test_error"] for seed in (0, 1, 2)]
+    assert [each["test_error"] for each in result["runs"]] == errors and len(set(errors)) > 1
+    assert result["mean_test_error"] == pytest.approx(np.mean(errors))
+    assert result["std_test_error (sample)"] == pytest.approx(np.std(errors, ddof=1))
+    for path in (out / "result.json", out / "seed-1/result.json", out / "seed-1/checkpoint.pt", out / "seed-2/result.json"):
+        path.unlink()                                                                    # as if killed in the second run
+    retrain.main(["--resume", str(out)])
+    again = json.loads((out / "result.json").read_text())
+    assert [each["test_error"] for each in again["runs"]] == errors
+    assert f"over seeds [0, 1, 2]: {', '.join(f'{error:.2f}' for error in errors)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ([], "--genotype is needed"),
+    (["--genotype", "VS_DART"], "VS_DART is no published cell"),
+    (["--genotype", "VS_DARTS", "--dataset", "digits", "--auxiliary_weight", "0.4"], "fits 8x8 feature maps"),
+    (["--genotype", "VS_DARTS", "--dataset", "imagenet", "--data", "nowhere"], "nowhere is no image folder"),
+    (["--genotype", "VS_DARTS", "--drop_path_prob", "1"], "from 0 to 0.99"),
+    (["--genotype", "VS_DARTS", "--dataset", "imagenet", "--lr_scheduler", "linear", "--epochs", "5"], "needs --epochs 6"),
+    (["--evaluate", "nowhere/weights.pt"], "nowhere/config.json cannot be read"),
+])
+def test_bad_input_of_retraining_is_named(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(run.Exit, match=said) as error:
+        retrain.main(arguments)
+    assert error.value.status == 2 and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- several processes
+
+def joined(rank, world, port, path):
+    """One process of two: its share of a step and of a test, as retrain.py does them; rank 0 saves what came out."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.save(one_step(rank, world), f"{path}/{world}-{rank}.pt")
+
+
+def one_step(rank, world):
+    processes = retrain.Processes("cpu")
+    torch.manual_seed(0)
+    net = Network(PUBLISHED["VS_DARTS"].genotype, 4, 3, 10).eval()                       # eval: batch norm sees no batch
+    split = data.load("digits", "unused", train=True).part(0, 60)
+    images, labels = next(data.Batches(split, 24, 0, rank=rank, world=world).epoch(0))
+    config = {"label_smooth": 0.1, "auxiliary_weight": 0.0, "grad_clip": 1e9}
+    retrain.train_step(processes.wrap(net), torch.optim.SGD(net.parameters(), 0.0), images, labels, config, no_autocast)
+    test = data.load("digits", "unused", train=False).part(0, 35)
+    score = retrain.evaluate(net, lambda: data.test_batches(test, 8, rank, world), torch.device("cpu"), processes, no_autocast)
+    processes.leave()
+    return {"gradients": [p.grad for p in net.parameters()], "score": score}
+
+
+def test_two_processes_have_the_gradients_and_metrics_of_one(tmp_path):
+    port = str(20000 + os.getpid() % 20000)
+    mp.spawn(joined, (2, port, str(tmp_path)), nprocs=2)
+    alone = one_step(0, 1)
+    for rank in (0, 1):
+        both = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        assert both["score"] == pytest.approx(alone["score"], abs=1e-4)
+        for a, b in zip(both["gradients"], alone["gradients"]):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_a_stopped_two_process_run_goes_on_to_the_same_end(tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert program("retrain.py", *RETRAINED, "--out", whole, launcher=TORCHRUN)[2] == 0
+    stopped = program("retrain.py", *RETRAINED, "--out", out, wait=False, launcher=TORCHRUN)
+    _, errors, _ = kill_after_an_epoch(stopped, out, signal.SIGTERM)
+    assert not (out / "result.json").exists()
+    assert errors.count(f"go on with: torchrun --nproc_per_node=2 retrain.py --resume {out}") == 1
+    assert program("retrain.py", "--resume", out, launcher=TORCHRUN)[2] == 0
+    assert_same_runs(out, whole)
+    assert json.loads((out / "result.json").read_text())["processes"] == 2
+
+
+def test_imagenet_by_torchrun_to_a_tested_network(tmp_path):
+    make_folder(tmp_path / "images", size=64)
+    shown, errors, status = program(
+        "retrain.py", "--genotype", "VS_DARTS", "--dataset", "imagenet", "--data", tmp_path / "images", "--layers", "3",
+        "--init_channels", "4", "--batch_size", "8", "--epochs", "2", "--workers", "1", "--out", tmp_path / "run",
+        launcher=TORCHRUN)
+    assert status == 0, errors
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["processes"] == 2 and result["test_error_top5"] == 0             # of 2 classes
+    assert [record["lr"] for record in lines_of(tmp_path / "run")] == pytest.approx([0.1, 0.097])
+    shown, errors, status = program("retrain.py", "--evaluate", tmp_path / "run/weights.pt")
+    assert status == 0 and f"test error {result['test_error']:.2f}%" in shown
