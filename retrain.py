@@ -241,17 +241,16 @@ def train(genotype, config, seed, run, processes):
         test_loss, test_top1, test_top5 = evaluate(net, test, device, processes, autocast)
         last = {"epoch": epoch, "error": 100 - test_top1, "error_top5": 100 - test_top5}
         best = last if best is None or last["error"] < best["error"] else best
+        seconds = time.time() - started
         run.end_epoch({"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc, "test_loss": test_loss,
                        "test_error": last["error"], "test_error_top5": last["error_top5"],
-                       "best on test (optimistic)": best["error"], "seconds": time.time() - started},
+                       "best on test (optimistic)": best["error"], "seconds": seconds},
                       {**{name: part.state_dict() for name, part in parts.items()}, "best": best, "last": last})
-        progress.line(f"epoch {epoch} lr {lr:.6f} train {train_loss:.3f} {train_acc:.1f}% test {test_loss:.3f} "
-                      f"error {last['error']:.2f}% ({clock(time.time() - started)})")
+        progress.line(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | test {test_loss:.3f} "
+                      f"error {last['error']:.2f}% | {clock(seconds)}")
     result = {"test_error": last["error"], "test_error_top5": last["error_top5"], "epoch": last["epoch"],
               "best on test (optimistic)": best["error"], "best_epoch": best["epoch"], "parameters": parameters,
-              "macs": macs, "seed": seed, "processes": processes.world, "device": describe(device),
-              "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-              "command": command(config)}
+              "macs": macs, "seed": seed, **circumstances(config, processes)}
     if processes.rank == 0:
         weights = {name: value.cpu().contiguous() for name, value in net.state_dict().items()
                    if not name.startswith("auxiliary_head")}
@@ -262,17 +261,16 @@ def train(genotype, config, seed, run, processes):
     return result
 
 
-def describe(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-
-
-def command(config):
-    """The command line that starts this run again, every flag spelt out."""
+def circumstances(config, processes):
+    """Machine, versions, and the command line that starts this run again, every flag spelt out."""
+    device = processes.device
     words = []
     for flag, value in config.items():
         if value is not None and value is not False:
             words += [f"--{flag}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
-    return "python retrain.py " + shlex.join(words)
+    return {"processes": processes.world, "python": platform.python_version(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+            "torchvision": torchvision.__version__, "command": "python retrain.py " + shlex.join(words)}
 
 
 # ---------------------------------------------------------------- the command

@@ -6,7 +6,6 @@
 Without the three switches it is DARTS (first order) with the paper's larger weight decay: the rows of Table 4.
 Whatever the paper leaves to DARTS follows quark0/darts, cnn/train_search.py and cnn/architect.py at f276dd3.
 """
-import itertools
 import shlex
 import sys
 import time
@@ -112,20 +111,19 @@ def weight_step(net, optimizer, images, labels, autocast, grad_clip):
 
 # ---------------------------------------------------------------- the loop
 
-def search(config, run):
-    device = find_device(config["device"])
+def halves(config, device):
+    """(batches for w, batches for alpha, classes): the training split's first part and the rest; never the test split."""
     data = load(config["dataset"], config["data"], train=True, image_size=config["image_size"])
     split = int(config["train_portion"] * len(data.labels))
     if min(split, len(data.labels) - split) < 2:
         raise Exit(f"--train_portion {config['train_portion']} of {len(data.labels)} images leaves a part without any two")
-    data, batch_size = data.to(device), config["batch_size"]
-    train = Batches(data.part(0, split), batch_size, mix(config["seed"], 0))           # first half: w
-    valid = Batches(data.part(split, None), batch_size, mix(config["seed"], 1))        # second half: alpha
+    data = data.to(device)
+    return *(Batches(part, config["batch_size"], mix(config["seed"], k))
+             for k, part in enumerate((data.part(0, split), data.part(split, None)))), data.classes
 
-    torch.manual_seed(config["seed"])
-    net = SuperNet(SPACES[config["space"]], config["init_channels"], config["layers"], data.classes,
-                   config["node_norm"], config["sqrt_beta"], config["stem_multiplier"])
-    net = net.to(device, memory_format=torch.channels_last)
+
+def make_optimizers(net, config):
+    """(optimizer of w, optimizer of alpha, schedule of the first): SGD or LARC, Adam, and a cosine over the epochs."""
     sgd = {"lr": config["learning_rate"], "momentum": config["momentum"], "weight_decay": config["weight_decay"]}
     if config["larc"]:
         w_optimizer = LARC(net.weights(), **sgd, trust_coefficient=config["larc_trust"], clip=config["larc_clip"])
@@ -133,31 +131,45 @@ def search(config, run):
         w_optimizer = torch.optim.SGD(net.weights(), **sgd)
     alpha_optimizer = torch.optim.Adam(net.alphas(), lr=config["arch_learning_rate"], betas=(0.5, 0.999),
                                        weight_decay=config["arch_weight_decay"])
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(w_optimizer, config["epochs"], config["learning_rate_min"])
+    return w_optimizer, alpha_optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(
+        w_optimizer, config["epochs"], config["learning_rate_min"])
+
+
+def search(config, run):
+    """The whole search, from the last checkpoint if there is one. Returns the trained super-network and its Progress."""
+    device = find_device(config["device"])
+    train, valid, classes = halves(config, device)
+    torch.manual_seed(config["seed"])
+    net = SuperNet(SPACES[config["space"]], config["init_channels"], config["layers"], classes,
+                   config["node_norm"], config["sqrt_beta"], config["stem_multiplier"])
+    net = net.to(device, memory_format=torch.channels_last)
+    w_optimizer, alpha_optimizer, scheduler = make_optimizers(net, config)
     parts = {"net": net, "w_optimizer": w_optimizer, "alpha_optimizer": alpha_optimizer, "scheduler": scheduler}
     saved = run.load(parts)
     if saved:
         restore(parts, saved, run.checkpoint)
 
     autocast = precision(config["amp"], device)
-    progress = Progress(config["epochs"], train.steps, 2 * batch_size)
-    progress.line(f"{config['dataset']}: {split} images for w, {len(data.labels) - split} for alpha; "
+    progress = Progress(config["epochs"], train.steps, 2 * config["batch_size"])
+    progress.line(f"{config['dataset']}: {len(train.split.labels)} images for w, {len(valid.split.labels)} for alpha; "
                   f"{sum(p.numel() for p in net.weights()):,} weights; {device}; {run.folder}")
     for epoch in range(run.epoch, config["epochs"]):
         started, lr = time.time(), w_optimizer.param_groups[0]["lr"]
         torch.manual_seed(mix(config["seed"], 2, epoch))    # S4's noise: a function of seed and epoch alone
         net.train()
         meter = Meter(train.steps, device)
-        steps = range(epoch * train.steps, (epoch + 1) * train.steps)
-        for step, train_batch, valid_batch in zip(itertools.count(), train.range(steps.start, steps.stop),
-                                                  valid.range(steps.start, steps.stop)):
+        valid_batches = valid.range(epoch * train.steps, (epoch + 1) * train.steps)
+        for step, (train_batch, valid_batch) in enumerate(zip(train.epoch(epoch), valid_batches)):
             alpha_loss, _ = alpha_step(net, alpha_optimizer, *valid_batch, autocast)
             loss, logits = weight_step(net, w_optimizer, *train_batch, autocast, config["grad_clip"])
             meter.add(step, loss + 0 * alpha_loss.detach(), logits, train_batch[1])  # not finite if either is not
             progress.step(epoch, step, meter)
         meter.loss_so_far(epoch, train.steps - 1)
         scheduler.step()
-        log_epoch(epoch, lr, net, meter, evaluate(net, valid, epoch, autocast), time.time() - started, progress, run, parts)
+        record = {"epoch": epoch, "lr": lr, **state_of(net, meter, evaluate(net, valid, epoch, autocast)),
+                  "seconds": time.time() - started}
+        run.end_epoch(record, {name: part.state_dict() for name, part in parts.items()})
+        progress.line(epoch_line(record))
     return net, progress
 
 
@@ -173,22 +185,23 @@ def evaluate(net, batches, epoch, autocast):
     return meter
 
 
-def log_epoch(epoch, lr, net, train, valid, seconds, progress, run, parts):
-    betas = net.betas()
-    genotype = derive(net.space, betas)
+def state_of(net, train, valid):
+    """What log.jsonl keeps of an epoch beside its number, learning rate and duration. train, valid: Meters."""
     (train_loss, train_acc, _), (valid_loss, valid_acc, _) = summary(train.totals()), summary(valid.totals())
-    record = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc, "valid_loss": valid_loss,
-              "valid_acc": valid_acc, "beta_none": mean_beta(net.space, betas, "none"),
-              "beta_skip_connect": mean_beta(net.space, betas, "skip_connect"), "genotype": genotype._asdict(),
-              "alpha_normal": net.alpha_normal.tolist(), "alpha_reduce": net.alpha_reduce.tolist(), "seconds": seconds}
-    run.end_epoch(record, {name: part.state_dict() for name, part in parts.items()})
-    names = [name for node in (*genotype.normal, *genotype.reduce) for name, _ in node]
-    shown = " ".join(f"{name.replace('_connect', '').replace('_conv', '').replace('_pool', '')}:{names.count(name)}"
-                     for name in sorted(set(names)))
-    means = " ".join(f"{name} {record[key]:.3f}" for name, key in (("none", "beta_none"), ("skip", "beta_skip_connect"))
-                     if record[key] is not None)
-    progress.line(f"epoch {epoch} lr {lr:.6f} train {train_loss:.3f} {train_acc:.1f}% valid {valid_loss:.3f} "
-                  f"{valid_acc:.1f}% beta {means or '-'} cell {shown} ({clock(seconds)})")
+    betas = net.betas()
+    return {"train_loss": train_loss, "train_acc": train_acc, "valid_loss": valid_loss, "valid_acc": valid_acc,
+            "beta_none": mean_beta(net.space, betas, "none"), "beta_skip": mean_beta(net.space, betas, "skip_connect"),
+            "genotype": derive(net.space, betas)._asdict(),
+            "alpha_normal": net.alpha_normal.tolist(), "alpha_reduce": net.alpha_reduce.tolist()}
+
+
+def epoch_line(record):
+    cell = [name for kind in ("normal", "reduce") for node in record["genotype"][kind] for name, _ in node]
+    counts = " ".join(f"{cell.count(name)} {name}" for name in sorted(set(cell)))
+    betas = ", ".join(f"{key.replace('_', ' ')} {record[key]:.4f}" for key in ("beta_none", "beta_skip") if record[key] is not None)
+    return (f"epoch {record['epoch']} lr {record['lr']:.6f} | train {record['train_loss']:.3f} {record['train_acc']:.1f}% | "
+            f"valid {record['valid_loss']:.3f} {record['valid_acc']:.1f}% | {betas or 'no beta'} | {counts} | "
+            f"{clock(record['seconds'])}")
 
 
 def mean_beta(space, betas, primitive):

@@ -466,6 +466,8 @@ def test_each_step_moves_its_own_parameters_only():
     alphas = copies(net.alphas())
     weight_step()
     assert all(map(torch.equal, alphas, net.alphas())) and not torch.equal(weights[0], net.weights()[0])
+    alpha_step()
+    assert all(p.grad is None for p in net.weights())                                    # the weight step's are gone
 
 
 def test_weight_step_is_the_same_without_the_alpha_backward():
@@ -548,8 +550,8 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert torch.equal(images(1, 0), images(1, 0))
     assert not torch.equal(images(1, 0), images(1, 1)) and not torch.equal(images(1, 0), images(2, 0))
     assert len(images(1, 0)) == 1437
-    order = torch.cat(data.batch_indices(1437, 100, 1, 0))
-    assert sorted(order.tolist()) == list(range(1437))
+    order, other = (torch.cat(data.batch_indices(1437, 100, 1, epoch)) for epoch in (0, 1))
+    assert not torch.equal(order, other) and sorted(order.tolist()) == list(range(1437))
     batches = data.Batches(split, 100, 1)                                                # one stream over epochs
     across = [images for images, _ in batches.range(14, 16)]
     assert torch.equal(across[1], next(batches.epoch(1))[0])
@@ -916,7 +918,17 @@ def test_search_on_digits_writes_a_whole_run(tmp_path, capsys, monkeypatch):
     assert genotypes.load(str(out / "genotype.json")) == written
 
 
-def test_default_rates_end_where_darts_ends(monkeypatch):
+def test_alpha_sees_one_stream_of_validation_batches(tmp_path, monkeypatch):
+    seen, step = [], search.alpha_step
+    monkeypatch.setattr(search, "alpha_step", lambda *args: seen.append(args[3]) or step(*args))
+    search.main([*SMALL, "--space", "s2", "--epochs", "2", "--train_portion", "0.4", "--out", str(tmp_path / "run")])
+    split = data.load("digits", "unused", train=True)
+    rest = data.Batches(split.part(int(0.4 * 1437), None), 256, run.mix(2, 1))           # 4 batches an epoch; 3 steps
+    assert rest.steps == 4 and len(seen) == 6
+    assert all(torch.equal(labels, expected) for labels, (_, expected) in zip(seen, rest.range(0, 6)))
+
+
+def test_default_rates_end_where_darts_ends():
     optimizer = LARC([torch.zeros(1, requires_grad=True)], 0.025)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50, 0.001)
     for _ in range(49):
@@ -1106,6 +1118,18 @@ def test_retraining_reports_the_last_epoch(whole_retraining):
         pixels = (image.permute(2, 0, 1) / 255 - split.spec.mean[0]) / split.spec.std[0]
         wrong += int(net.eval()(pixels[None])[0].argmax() != label)
     assert result["test_error"] == pytest.approx(100 * wrong / 360)
+
+
+def test_the_best_epoch_is_not_the_result_and_drop_path_grows(tmp_path, monkeypatch):
+    probabilities, scores, step = [], iter([(0, 50.0, 90.0), (0, 80.0, 95.0), (0, 70.0, 96.0), (0, 75.0, 94.0)]), retrain.train_step
+    monkeypatch.setattr(retrain, "evaluate", lambda *args: next(scores))
+    monkeypatch.setattr(retrain, "train_step", lambda net, *args: probabilities.append(net.drop_path_prob) or step(net, *args))
+    retrain.main([*RETRAINED[:-1], "2000", "--out", str(tmp_path / "run")])
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["test_error"], result["test_error_top5"], result["epoch"]) == (25.0, 6.0, 3)
+    assert (result["best on test (optimistic)"], result["best_epoch"]) == (20.0, 1)
+    assert [record["best on test (optimistic)"] for record in lines_of(tmp_path / "run")] == [50, 20, 20, 20]
+    assert probabilities == [0.2 * epoch / 4 for epoch in range(4)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
