@@ -220,12 +220,17 @@ def all_flags(given):
     return config
 
 
-def main(arguments):
+def make_parser():
     parser = Parser(prog="search.py", description=__doc__)
     for flag, (kind, default, text, source) in FLAGS.items():
         shown = {None: "", False: ""}.get(default, f"default {default}; ")
         parser.setting(f"--{flag}", kind, f"{text} ({shown}{source})")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted run; its flags are kept")
+    return parser
+
+
+def main(arguments):
+    parser = make_parser()
     given = vars(parser.parse_args(arguments))
     folder = given.pop("resume", None)
     config = kept_settings(parser, Path(folder), given, all_flags) if folder else all_flags(given)

@@ -1260,3 +1260,54 @@ def test_imagenet_by_torchrun_to_a_tested_network(tmp_path):
     assert [record["lr"] for record in lines_of(tmp_path / "run")] == pytest.approx([0.1, 0.097])
     shown, errors, status = program("retrain.py", "--evaluate", tmp_path / "run/weights.pt")
     assert status == 0 and f"test error {result['test_error']:.2f}%" in shown
+
+
+# ---------------------------------------------------------------- the README
+
+README = (HERE / "README.md").read_text()
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    table = re.findall(r"\| `(python [^`]+)` \|", README)
+    quoted = re.findall(r"^\$ (.+)$", README, re.M)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()] + table + quoted
+
+
+def test_readme_commands_are_ones_the_programs_take():
+    parsers = {"search.py": search.make_parser(), "retrain.py": retrain.make_parser()}
+    seen = set()
+    for command in readme_commands():
+        script, *arguments = command.removeprefix("torchrun --nproc_per_node=8 ").removeprefix("python ").split()
+        if script in parsers:
+            parsers[script].parse_args(arguments)
+            seen.add(script)
+    assert seen == parsers.keys()
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        compile(block, "README.md", "exec")
+
+
+def test_readme_try_it_runs_as_typed_but_for_fewer_epochs(tmp_path):
+    for path in (*HERE.glob("*.py"), HERE / "digits.npz"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    commands = re.search(r"<!-- try -->\n```bash\n(.*?)```", README, re.S)[1].splitlines()[1:]
+    printed = []
+    for command in commands:
+        process = subprocess.run([sys.executable, *command.split()[1:], "--epochs", "1"], cwd=tmp_path, env=ENVIRONMENT,
+                                 text=True, capture_output=True)
+        assert process.returncode == 0, process.stderr
+        printed.append(process.stdout.splitlines()[-1])
+    assert printed[0] == commands[1] and printed[1].startswith("test error ")
+
+
+def test_readme_map_is_true():
+    source = Path(__file__).read_text()
+    rows = re.search(r"\| paper \| code \| test \|\n.*?\n\n", README, re.S)[0].splitlines()[2:]
+    assert len(rows) > 8
+    for row in rows:
+        _, code, tests = (cell.strip() for cell in row.strip("| ").split("|"))
+        assert all(f"\ndef {name}(" in source for name in re.findall(r"`(test_\w+)`", tests))
+        for quoted in re.findall(r"`([^`]+)`", code):
+            file, _, name = quoted.rpartition(": ")
+            file = current = file or current
+            assert re.search(rf"^(def |class )?{name}\b", (HERE / file).read_text(), re.M), quoted
