@@ -1302,7 +1302,7 @@ def test_readme_try_it_runs_as_typed_but_for_fewer_epochs(tmp_path):
 
 def test_readme_map_is_true():
     source = Path(__file__).read_text()
-    rows = re.search(r"\| paper \| code \| test \|\n.*?\n\n", README, re.S)[0].splitlines()[2:]
+    rows = re.search(r"\| paper \| code \| test \|\n.*?\n\n", README, re.S)[0].strip().splitlines()[2:]
     assert len(rows) > 8
     for row in rows:
         _, code, tests = (cell.strip() for cell in row.strip("| ").split("|"))
