@@ -84,12 +84,16 @@ def only(trained, frozen):
         p.requires_grad_(True)
 
 
+def loss_of(net, images, labels, autocast):
+    with autocast():
+        logits = net(images)
+        return F.cross_entropy(logits, labels), logits
+
+
 def alpha_step(net, optimizer, images, labels, autocast):
     """min over alpha of L_valid(w, alpha), Eq. 2 in first order: at today's w."""
     only(net.alphas(), net.weights())
-    with autocast():
-        logits = net(images)
-        loss = F.cross_entropy(logits, labels)
+    loss, logits = loss_of(net, images, labels, autocast)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -99,9 +103,7 @@ def alpha_step(net, optimizer, images, labels, autocast):
 def weight_step(net, optimizer, images, labels, autocast, grad_clip):
     """min over w of L_train(w, alpha), the constraint of Eq. 2."""
     only(net.weights(), net.alphas())
-    with autocast():
-        logits = net(images)
-        loss = F.cross_entropy(logits, labels)
+    loss, logits = loss_of(net, images, labels, autocast)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.weights(), grad_clip)
