@@ -335,17 +335,24 @@ norms, ReLUs and pools. Errors (%) are the published ones. Not published as cell
             print(f"  {name}: {cell.note}")
 
 
+def describe(genotype):
+    """The nodes and edges of both cells, a line for each node."""
+    lines = []
+    for cell in ("normal", "reduce"):
+        lines.append(f"  {cell} cell (0: the cell before the last, 1: the last)")
+        for j, node in enumerate(getattr(genotype, cell), start=2):
+            lines.append(f"    node {j} = " + " + ".join(f"{name}({i})" for name, i in node))
+        lines.append("    output = concat(" + ", ".join(map(str, getattr(genotype, f"{cell}_concat"))) + ")")
+    return "\n".join(lines)
+
+
 def print_cell(name_or_file):
     genotype = load(name_or_file)
     published_cell = PUBLISHED.get(name_or_file)
     print(name_or_file)
     if published_cell:
         print(f"  source: {published_cell.source}" + (f"\n  note: {published_cell.note}" if published_cell.note else ""))
-    for cell in ("normal", "reduce"):
-        print(f"  {cell} cell (0: the cell before the last, 1: the last)")
-        for j, node in enumerate(getattr(genotype, cell), start=2):
-            print(f"    node {j} = " + " + ".join(f"{name}({i})" for name, i in node))
-        print("    output = concat(" + ", ".join(map(str, getattr(genotype, f"{cell}_concat"))) + ")")
+    print(describe(genotype))
     C = published_cell.C_imagenet if published_cell else 48
     for title, net, size in (("CIFAR-10, 20 cells, 36 channels", network(genotype), 32),
                              (f"ImageNet, 14 cells, {C} channels", network(genotype, True, C), 224)):

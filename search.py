@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from data import DATASETS, Batches, load
-from genotypes import SPACES, Genotype, to_json
+from genotypes import SPACES, Genotype, describe, to_json
 from larc import LARC
 from model import SuperNet
 from run import (Exit, Meter, Parser, Progress, Run, clock, find_device, kept_settings, mix, number, precision, restore,
@@ -248,7 +248,7 @@ def main(arguments):
         write_file(run.result, lambda file: file.write(to_json(genotype).encode() + b"\n"))
     data = "" if config["data"] == "data" else f" --data {shlex.quote(config['data'])}"
     size = "" if config["dataset"] != "folder" else f" --image_size {config['image_size']}"
-    progress.line(f"{run.result}: {' | '.join(f'{cell} {getattr(genotype, cell)}' for cell in ('normal', 'reduce'))}\n"
+    progress.line(f"{run.result}\n{describe(genotype)}\n"
                   f"python retrain.py --genotype {shlex.quote(str(run.result))} --dataset {config['dataset']}{data}{size}")
 
 
