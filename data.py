@@ -4,6 +4,7 @@ The search (sections 2.2 and 5.1) takes one half of the training split for the w
 Constants: DARTS (CIFAR-10) and RobustDARTS (CIFAR-100, SVHN). `digits` is in this repository; the others are read, and
 downloaded where that is possible, by torchvision. ImageNet streams from disk through worker processes.
 """
+import functools
 import gzip
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,7 @@ DATASETS = {
     "folder": Spec(None, IMAGENET_MEAN, IMAGENET_STD),
     "imagenet": Spec(1000, IMAGENET_MEAN, IMAGENET_STD),
 }
-DIGITS_TRAIN = 1437                                         # of 1,797; the rest, by other writers, is the test split
+DIGITS_TRAIN = 1437                                         # of 1,797; the rest is the test split
 FILES = {                                                   # what torchvision reads, under --data
     "cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz",
     "svhn": "train_32x32.mat and test_32x32.mat",
@@ -166,8 +167,13 @@ def augment(images, uniform, spec, cutout=0):
     return out
 
 
+@functools.cache
+def constants(spec, device):                                # made once: copying them to a GPU would wait for it
+    return tuple(torch.tensor(value, dtype=torch.float32, device=device) for value in (spec.mean, spec.std))
+
+
 def normalize(images, spec):
-    mean, std = (torch.tensor(value, device=images.device) for value in (spec.mean, spec.std))
+    mean, std = constants(spec, images.device)
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -252,4 +258,4 @@ class ImageNet:
                 yield (images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last),
                        labels.to(self.device, non_blocking=True))
         except OSError as error:
-            raise Exit(f"{self.data.root}: an image cannot be read ({last_line(error)})") from None
+            raise Exit(f"{self.data.root}: an image cannot be read ({last_line(error)})", alone=True) from None

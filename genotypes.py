@@ -7,6 +7,7 @@
 A genotype is a value that JSON can hold; files are read with json and checked, never evaluated.
 """
 import json
+import shlex
 import sys
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ def from_json(text):
     """The Genotype written in `text`. Raises ValueError, saying what is wrong, for anything else."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(value, dict) or set(value) != set(Genotype._fields):
         raise ValueError(f"it must be one object with the keys {', '.join(Genotype._fields)}")
@@ -55,8 +56,9 @@ def check_cell(cell, nodes, concat):
                 raise ValueError(f"{cell}, node {j}: {pair} is not [operation, source] with a known operation")
             if not is_node(pair[1], j):
                 raise ValueError(f"{cell}, node {j}: the source {pair[1]} is not a node before it")
-    if not isinstance(concat, list) or not concat or not all(is_node(i, len(nodes) + 2) for i in concat):
-        raise ValueError(f"{cell}_concat must list nodes of the cell")
+    if not isinstance(concat, list) or not concat or not all(is_node(i, len(nodes) + 2) and i >= 2 for i in concat) or \
+            len(set(concat)) < len(concat):
+        raise ValueError(f"{cell}_concat must list nodes of the cell from 2 to {len(nodes) + 1}, each once")
 
 
 def to_json(genotype):
@@ -357,14 +359,16 @@ def print_cell(name_or_file):
     for title, net, size in (("CIFAR-10, 20 cells, 36 channels", network(genotype), 32),
                              (f"ImageNet, 14 cells, {C} channels", network(genotype, True, C), 224)):
         print(f"  {title}: {count_parameters(net):,} parameters, {count_macs(net, size):,} multiply-adds")
-    print(f"  python retrain.py --genotype {name_or_file}")
+    print(f"  python retrain.py --genotype {shlex.quote(name_or_file)}")
 
 
 def main(arguments):
-    if len(arguments) > 1 or arguments[:1] in (["-h"], ["--help"]):
+    if arguments in (["-h"], ["--help"]):
         print(__doc__)
-        return 0 if len(arguments) == 1 else 2
+        return 0
     try:
+        if len(arguments) > 1:
+            raise ValueError(f"one cell at most, not {len(arguments)} (see --help)")
         print_cell(arguments[0]) if arguments else print_table()
     except ValueError as error:
         print(f"genotypes.py: {error}", file=sys.stderr)

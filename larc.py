@@ -57,7 +57,10 @@ class LARC(torch.optim.Optimizer):
         steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])          # d = g + b w
         torch._foreach_mul_(steps, factors)                                             # f d
         if group["momentum"] > 0:
-            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, steps)                                         # m
             steps = buffers

@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data import DATASETS, Batches, ImageNet, load, test_batches
 from genotypes import load as load_genotype, to_json
 from model import Network, count_macs, count_parameters
-from run import (Exit, Meter, Parser, Progress, Run, clock, find_device, hits, kept_settings, load_checkpoint, mix, number,
-                 precision, read_json, restore, resumable, start, summary, write_file, write_json)
+from run import (Exit, Meter, Parser, Progress, Run, check_finite, clock, find_device, flags_of, hits, kept_settings,
+                 launcher, load_checkpoint, mix, number, precision, read_json, restore, resumable, start, summary, write_file, write_json)
 
 FLAGS = {  # flag: (kind, default, what it is); settings of the training are in PROTOCOLS
     "dataset": (tuple(DATASETS), "cifar10", "data set"),
@@ -42,8 +42,8 @@ FLAGS = {  # flag: (kind, default, what it is); settings of the training are in 
 TRAINING = {  # flag: (kind, what it is); the defaults are in PROTOCOLS
     "epochs": (number(int, 1), "epochs"),
     "batch_size": (number(int, 2), "images of a step"),
-    "layers": (number(int, 3), "cells"),
-    "init_channels": (number(int, 2), "channels of the first cell"),
+    "layers": (number(int, 3, 1000), "cells"),
+    "init_channels": (number(int, 2, 4096), "channels of the first cell"),
     "lr_scheduler": (("cosine", "exponential", "linear"), "cosine to 0; x --gamma an epoch; or linear with warmup"),
     "learning_rate": (number(float, 0), "SGD learning rate"),
     "gamma": (number(float, 0, 1, above=True), "factor an epoch of --lr_scheduler exponential"),
@@ -68,7 +68,7 @@ PROTOCOLS = {
     "fashion_mnist": ({**CIFAR10, "auxiliary_weight": 0.0}, "ours: CIFAR-10's without the head, which needs 32x32"),
     "digits": ({**CIFAR10, "epochs": 30, "layers": 8, "init_channels": 16, "auxiliary_weight": 0.0, "cutout_length": 2},
                "ours"),
-    "folder": (CIFAR10, "ours: CIFAR-10's; images other than 32x32 need --auxiliary_weight 0"),
+    "folder": (CIFAR10, "ours: CIFAR-10's; auxiliary_weight 0 for --image_size other than 32"),
     "imagenet": (IMAGENET, "DARTS, cnn/train_imagenet.py"),
     "imagenet, --lr_scheduler linear": ({**IMAGENET, "batch_size": 1024, "learning_rate": 0.5, "lr_scheduler": "linear"},
                                         "PC-DARTS, train_imagenet.py"),
@@ -95,7 +95,8 @@ def make_scheduler(config, optimizer):
 # ---------------------------------------------------------------- processes
 
 class Processes:
-    """This process among those of torchrun: rank 0 of 1 without it. They share gradients and metrics, nothing else."""
+    """This process among those of torchrun: rank 0 of 1 without it. In an epoch they share gradients; at its end metrics,
+    and rank 0's running statistics, so that every process tests the network that is saved."""
 
     def __init__(self, device_name):
         self.device = find_device(device_name)
@@ -108,7 +109,15 @@ class Processes:
 
     def wrap(self, net):
         """Averages the gradients of all processes. static_graph: a genotype may have nodes that nothing uses."""
-        return DistributedDataParallel(net, static_graph=True) if self.world > 1 else net
+        return DistributedDataParallel(net, static_graph=True, broadcast_buffers=False) if self.world > 1 else net
+
+    def in_turn(self, read):
+        """read() in one process of the machine, then in the others: it may download or unpack files."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        value = read() if first else None
+        if self.world > 1:
+            dist.barrier()
+        return value if first else read()
 
     def total(self, values):
         if self.world > 1:
@@ -116,7 +125,6 @@ class Processes:
         return values
 
     def same_buffers(self, net):
-        """Rank 0's running statistics for all, so that every process tests the network that is saved."""
         if self.world > 1:
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
@@ -135,7 +143,8 @@ def training_data(config, seed, processes):
         train = ImageNet(config["data"], True, config["batch_size"], seed, processes.device, config["workers"], **place)
         classes = train.classes
     else:
-        split = load(config["dataset"], config["data"], True, config["image_size"]).to(processes.device)
+        split = processes.in_turn(lambda: load(config["dataset"], config["data"], True, config["image_size"]))
+        split = split.to(processes.device)
         train = Batches(split, config["batch_size"], seed, config["cutout_length"], **place)
         classes = split.classes
     if train.steps == 0:
@@ -149,7 +158,8 @@ def test_data(config, processes):
     if config["dataset"] == "imagenet":
         test = ImageNet(config["data"], False, config["batch_size"], 0, processes.device, config["workers"], *place)
         return lambda: test.epoch(0), 224
-    split = load(config["dataset"], config["data"], False, config["image_size"]).to(processes.device)
+    split = processes.in_turn(lambda: load(config["dataset"], config["data"], False, config["image_size"]))
+    split = split.to(processes.device)
     return lambda: test_batches(split, config["batch_size"], *place), split.images.shape[1]
 
 
@@ -207,16 +217,16 @@ def train(genotype, config, seed, run, processes):
     test, side = test_data(config, processes)
     parameters, macs = sizes(genotype, config, classes, side)
 
-    if processes.rank == 0:                                 # beside the weights, which are of no use without it
-        write_file(run.folder / "genotype.json", lambda file: file.write(to_json(genotype).encode() + b"\n"))
     torch.manual_seed(seed)
     net = make_network(genotype, config, classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), config["learning_rate"], config["momentum"],
                                 weight_decay=config["weight_decay"])
     scheduler = make_scheduler(config, optimizer)
     parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler}
-    saved = run.load((*parts, "last", "best"))
+    saved = run.load((*parts, "processes", "last", "best"))
     if saved:
+        if saved["processes"] != processes.world:
+            raise Exit(f"{run.folder} is a run of {saved['processes']} processes, not {processes.world}: go on with as many")
         restore(parts, saved, run.checkpoint)
     last, best = (saved["last"], saved["best"]) if saved else (None, None)
     model = processes.wrap(net)
@@ -241,11 +251,13 @@ def train(genotype, config, seed, run, processes):
         test_loss, test_top1, test_top5 = evaluate(net, test, device, processes, autocast)
         last = {"epoch": epoch, "error": 100 - test_top1, "error_top5": 100 - test_top5}
         best = last if best is None or last["error"] < best["error"] else best
+        check_finite(epoch, (train_loss, test_loss), net)
         seconds = time.time() - started
         run.end_epoch({"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc, "test_loss": test_loss,
                        "test_error": last["error"], "test_error_top5": last["error_top5"],
                        "best on test (optimistic)": best["error"], "seconds": seconds},
-                      {**{name: part.state_dict() for name, part in parts.items()}, "best": best, "last": last})
+                      {**{name: part.state_dict() for name, part in parts.items()}, "best": best, "last": last,
+                       "processes": processes.world})
         progress.line(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | test {test_loss:.3f} "
                       f"error {last['error']:.2f}% | {clock(seconds)}")
     result = {"test_error": last["error"], "test_error_top5": last["error_top5"], "epoch": last["epoch"],
@@ -264,13 +276,9 @@ def train(genotype, config, seed, run, processes):
 def circumstances(config, processes):
     """Machine, versions, and the command line that starts this run again, every flag spelt out."""
     device = processes.device
-    words = []
-    for flag, value in config.items():
-        if value is not None and value is not False:
-            words += [f"--{flag}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
     return {"processes": processes.world, "python": platform.python_version(), "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
-            "torchvision": torchvision.__version__, "command": "python retrain.py " + shlex.join(words)}
+            "torchvision": torchvision.__version__, "command": f"{launcher()} retrain.py {shlex.join(flags_of(config))}"}
 
 
 # ---------------------------------------------------------------- the command
@@ -280,6 +288,8 @@ def all_flags(given):
     linear = dataset == "imagenet" and given.get("lr_scheduler") == "linear"
     protocol, _ = PROTOCOLS["imagenet, --lr_scheduler linear" if linear else dataset]
     config = {flag: default for flag, (_, default, _) in FLAGS.items()} | {"seeds": [0]} | protocol | given
+    if dataset == "folder" and config["image_size"] != 32 and "auxiliary_weight" not in given:
+        config["auxiliary_weight"] = 0.0                    # the head fits no other size
     config["out"] = config["out"] or f"runs/retrain-{dataset}-{genotype_name(config['genotype'])}"
     return config
 
@@ -319,10 +329,13 @@ def evaluate_checkpoint(path, config):
     genotype = read_genotype(path.parent / "genotype.json")
     processes = Processes(config["device"])
     state = load_checkpoint(path)
-    weights = {name: value for name, value in state.get("net", state).items() if not name.startswith("auxiliary_head")}
-    if "classifier.bias" not in weights:
+    state = state.get("net", state)                         # a checkpoint.pt has more than the network
+    weights = {name: value for name, value in state.items() if not str(name).startswith("auxiliary_head")} if isinstance(
+        state, dict) else {}
+    bias = weights.get("classifier.bias")
+    if not isinstance(bias, torch.Tensor) or bias.dim() != 1:
         raise Exit(f"{path} holds no network of this program")
-    net = make_network(genotype, {**config, "auxiliary_weight": 0}, len(weights["classifier.bias"]))
+    net = make_network(genotype, {**config, "auxiliary_weight": 0}, len(bias))
     restore({"net": net}, {"net": weights}, path)
     net.to(processes.device, memory_format=torch.channels_last)
     test, _ = test_data(config, processes)
@@ -332,9 +345,17 @@ def evaluate_checkpoint(path, config):
     processes.leave()
 
 
+def keep_genotype(run, genotype):
+    """Writes the genotype into the run folder: the weights are of no use without it."""
+    if run.writes:
+        write_file(run.folder / "genotype.json", lambda file: file.write(to_json(genotype).encode() + b"\n"))
+
+
 def check(config):
     if config["genotype"] is None:
         raise Exit("--genotype is needed: a genotype.json, or a name of `python genotypes.py`")
+    if len(set(config["seeds"])) < len(config["seeds"]):
+        raise Exit(f"--seeds {' '.join(map(str, config['seeds']))}: each once")
     if config["lr_scheduler"] == "linear" and config["epochs"] < 6:
         raise Exit("--lr_scheduler linear needs --epochs 6 or more: its last five are a phase of their own")
     if config["batch_size"] < 2 * int(os.environ.get("WORLD_SIZE", 1)):
@@ -344,33 +365,37 @@ def check(config):
 def main(arguments):
     given = vars(make_parser().parse_args(arguments))
     checkpoint, folder = given.pop("evaluate", None), given.pop("resume", None)
-    if checkpoint:
+    if checkpoint is not None and folder is not None:
+        raise Exit("--evaluate and --resume are two different things: give one")
+    if checkpoint is not None:
         checkpoint = Path(checkpoint)
         return evaluate_checkpoint(checkpoint, kept_settings(make_parser(), checkpoint.parent, given, all_flags))
-    config = kept_settings(make_parser(), Path(folder), given, all_flags) if folder else all_flags(given)
+    config = all_flags(given) if folder is None else kept_settings(make_parser(), Path(folder), given, all_flags)
     check(config)
-    kept = Path(folder or "") / "genotype.json"
-    genotype = read_genotype(kept if folder and kept.exists() else config["genotype"])
+    kept = Path(config["out"]) / "genotype.json"
+    genotype = read_genotype(kept if folder is not None and kept.exists() else config["genotype"])
     processes = Processes(config["device"])
-    run = Run("retrain.py", config, "result.json", bool(folder), writes=processes.rank == 0)
+    run = Run("retrain.py", config, "result.json", folder is not None, writes=processes.rank == 0)
+    keep_genotype(run, genotype)
     if len(config["seeds"]) == 1:
         with resumable(run):
             train(genotype, config, config["seeds"][0], run, processes)
     else:
-        train_seeds(genotype, config, run, processes)
+        train_seeds(genotype, config, run, processes, resumed=folder is not None)
     processes.leave()
 
 
-def train_seeds(genotype, config, run, processes):
+def train_seeds(genotype, config, run, processes, resumed):
     """One run folder for each seed inside that of the command; result.json has every run, the mean and the deviation."""
     results = []
     for seed in config["seeds"]:
         own = {**config, "seeds": [seed], "out": f"{config['out']}/seed-{seed}"}
-        if (Path(own["out"]) / run.result.name).exists():
+        if resumed and (Path(own["out"]) / run.result.name).exists():
             results.append(read_json(Path(own["out"]) / run.result.name))
             continue
-        seed_run = Run("retrain.py", own, run.result.name, resumed=True, writes=processes.rank == 0)
+        seed_run = Run("retrain.py", own, run.result.name, resumed, writes=processes.rank == 0)
         seed_run.resume_command = run.resume_command
+        keep_genotype(seed_run, genotype)
         with resumable(seed_run):
             results.append(train(genotype, own, seed, seed_run, processes))
     errors = [result["test_error"] for result in results]

@@ -16,14 +16,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-MAY_CHANGE = {"device", "data", "workers"}                  # flags that a resumed run may be given anew
+MAY_CHANGE = {"device", "data"}                             # flags that a resumed run may be given anew
 CHECK_EVERY = 50                                            # steps between two looks at the losses (a host sync each)
 
 
 class Exit(Exception):
-    """Ends the program with one line on stderr. Status 2: the user's mistake; 1: the run failed; 128 + n: signal n."""
+    """Ends the program with one line on stderr. Status 2: the user's mistake; 1: the run failed.
 
-    def __init__(self, message, status=2):
+    alone: only this process of torchrun's knows of it, so it speaks whatever its rank.
+    """
+
+    def __init__(self, message, status=2, alone=False):
+        super().__init__(message)
+        self.status, self.alone = status, alone or status == 1
+
+
+class Interrupted(BaseException):
+    """A signal; no `except Exception` swallows it. Exit status: 128 + its number."""
+
+    def __init__(self, message, status):
         super().__init__(message)
         self.status = status
 
@@ -50,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(flag, type=kind, metavar=getattr(kind, "metavar", "PATH"), help=help)
 
 
-def number(kind, low, high=math.inf, above=False):
+def number(kind, low, high=2**31 - 1, above=False):
     """A function that reads an int or float from `low` (or, with `above`, from above it) to `high`."""
     def read(text):
         try:
@@ -59,7 +70,7 @@ def number(kind, low, high=math.inf, above=False):
                 return value
         except ValueError:
             pass
-        limits = (f"above {low}" if above else f"from {low}") + (f" to {high}" if high < math.inf else "")
+        limits = (f"above {low}" if above else f"from {low}") + (f" to {high}" if high < 2**31 - 1 else "")
         raise argparse.ArgumentTypeError(f"it must be {'a whole' if kind is int else 'a'} number {limits}, not {text!r}")
     read.metavar = "N" if kind is int else "X"
     return read
@@ -70,9 +81,13 @@ def kept_settings(parser, folder, given, defaults):
 
     defaults: function from the given flags to all flags, as in the programs.
     """
-    config = read_config(folder)
-    if config.pop("program", None) != parser.prog or not config.keys() >= defaults(config).keys():
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.pop("program", None) != parser.prog:
         raise Exit(f"{folder} is not a run of {parser.prog}")
+    try:
+        config = defaults(vars(parser.parse_args(flags_of(config))))
+    except Exit as error:
+        raise Exit(f"{folder / 'config.json'}: {error}") from None
     for flag, value in given.items():
         if flag not in MAY_CHANGE and config.get(flag) != value:
             raise Exit(f"--{flag} {value} differs from {config.get(flag)} in {folder / 'config.json'}: a run that goes on "
@@ -80,20 +95,32 @@ def kept_settings(parser, folder, given, defaults):
     return {**config, **given, "out": str(folder)}
 
 
-def read_config(folder):
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise Exit(f"{folder} is no run folder: config.json is not one object")
-    return config
+def flags_of(config):
+    """The command line that gives these flags, as a list of words."""
+    words = []
+    for flag, value in config.items():
+        if value is not None and value is not False:
+            words += [f"--{flag}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+    return words
+
+
+def launcher():
+    """How this program was started: `python`, or torchrun with its number of processes."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return "python"
+    machines = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = f"--nnodes={machines} " if machines > 1 else ""
+    return f"torchrun {nodes}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
 
 
 def find_device(name):
     """The torch.device called `name`, or, without a name, CUDA if there is any."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Exit(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+        torch.zeros(1, device=device).item()
+    except Exception as error:                              # each kind of device fails in its own way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Exit(f"--device {name} cannot be used here ({reason}); try --device cpu") from None
     torch.backends.cudnn.benchmark = True
     return device
 
@@ -112,9 +139,13 @@ def mix(*numbers):
 # ---------------------------------------------------------------- files
 
 def write_file(path, write):
-    """Calls write(file) on a temporary file and moves it to `path`; on any error the old file stays, the new goes."""
+    """Calls write(file) on a temporary file and moves it to `path`; on any error the old file stays, the new goes.
+
+    A signal waits for the end of it: torch.save would turn it into an error of its own.
+    """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    Signals.held += 1
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -123,16 +154,18 @@ def write_file(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        Signals.held -= 1
+    Signals.deliver()
 
 
 def write_json(path, value):
-    write_file(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+    write_file(path, lambda file: file.write(json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"))
 
 
 def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Exit(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
@@ -150,10 +183,12 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, keys=()):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in keys if key not in state]
     except Exception as error:                              # whatever a file that is no checkpoint makes torch raise
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise Exit(f"{path} is no checkpoint that can be read ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise Exit(f"{path} is no checkpoint of this program")
+    missing = [key for key in keys if key not in state]
     if missing:
         raise Exit(f"{path} is no checkpoint of this program: it lacks {', '.join(missing)}")
     return state
@@ -177,38 +212,49 @@ class Run:
     def __init__(self, program, config, result, resumed, writes=True):
         self.folder, self.writes, self.epoch = Path(config["out"]), writes, 0
         self.checkpoint, self.result = self.folder / "checkpoint.pt", self.folder / result
-        launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
-        self.resume_command = f"{launcher} {program} --resume {shlex.quote(config['out'])}"
-        if self.result.exists():
-            raise Exit(f"{self.folder} holds a finished run ({self.result.name}): choose another --out")
-        if self.checkpoint.exists() and not resumed:
-            raise Exit(f"{self.folder} holds an unfinished run: go on with `{self.resume_command}`, "
-                       f"or choose another --out")
-        if writes:
-            try:
+        self.resume_command = f"{launcher()} {program} --resume {shlex.quote(config['out'])}"
+        try:
+            self.refuse_what_is_there({"program": program, **config}, resumed)
+            if writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / "config.json", {"program": program, **config})
-                if not resumed:
-                    write_file(self.folder / "log.jsonl", lambda file: None)
-            except OSError as error:
-                raise Exit(f"cannot write in {self.folder} ({error.strerror}): choose another --out") from None
+        except OSError as error:
+            raise Exit(f"cannot write in {self.folder} ({error.strerror}): choose another --out") from None
+
+    def refuse_what_is_there(self, config, resumed):
+        """Raises Exit for a finished run and, unless resumed, for whatever is not a run of these flags without an epoch."""
+        if self.result.exists():
+            raise Exit(f"{self.folder} holds a finished run ({self.result.name}): choose another --out")
+        if not resumed and self.checkpoint.exists():
+            raise Exit(f"{self.folder} holds an unfinished run: go on with `{self.resume_command}`, "
+                       f"or choose another --out")
+        there = self.folder / "config.json"
+        if not resumed and (there.exists() and read_json(there) != config or
+                            not there.exists() and (self.folder / "log.jsonl").exists()):
+            raise Exit(f"{self.folder} holds something else (config.json or log.jsonl): choose another --out")
 
     def load(self, keys):
         """The last checkpoint, or None if there is none yet. Drops log lines that are younger than it."""
         state = load_checkpoint(self.checkpoint, ("epoch", *keys)) if self.checkpoint.exists() else None
         self.epoch = state["epoch"] if state else 0
-        if self.writes and (self.folder / "log.jsonl").exists():
-            lines = (self.folder / "log.jsonl").read_bytes().splitlines(keepends=True)[:self.epoch]
-            write_file(self.folder / "log.jsonl", lambda file: file.writelines(lines))
+        if self.writes:
+            log = self.folder / "log.jsonl"
+            lines = log.read_bytes().splitlines(keepends=True)[:self.epoch] if log.exists() else []
+            write_file(log, lambda file: file.writelines(lines))
         return state
 
     def end_epoch(self, record, state):
         """Logs a finished epoch and saves the state from which the next one starts."""
-        self.epoch += 1
         if self.writes:
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(record) + "\n")
-            save_checkpoint(self.checkpoint, {"epoch": self.epoch, **state})
+            try:
+                with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
+                    log.write(json.dumps(record, allow_nan=False) + "\n")
+                save_checkpoint(self.checkpoint, {"epoch": self.epoch + 1, **state})
+            except (OSError, RuntimeError) as error:        # torch.save turns a full disk into a RuntimeError
+                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                raise Exit(f"cannot write in {self.folder} ({reason}); with room there, go on with: {self.resume_command}",
+                           status=1) from None
+        self.epoch += 1
 
 
 # ---------------------------------------------------------------- progress
@@ -271,6 +317,13 @@ class Meter:
         return torch.stack([(self.losses.double() * sizes).sum(), *self.hits.double().sum(0), sizes.sum()])
 
 
+def check_finite(epoch, losses, net):
+    """Raises Exit if a loss of this epoch, or a parameter after it, is not finite: nothing is saved then."""
+    if not all(map(math.isfinite, losses)) or not all(bool(p.isfinite().all()) for p in net.parameters()):
+        raise Exit(f"a loss or a parameter is not finite after the last step of epoch {epoch}: the checkpoint of the epoch "
+                   f"before stays; a smaller --learning_rate may help", status=1)
+
+
 def hits(logits, labels):
     """How many labels are the first, and among the first five, of their logits; tensor (2,). Top-k stops at all classes."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -286,23 +339,40 @@ def summary(totals):
 
 # ---------------------------------------------------------------- signals
 
+class Signals:
+    """SIGINT and SIGTERM as the exception Interrupted; while `held`, they wait. The second one is ignored."""
+    held, waiting = 0, None
+
+    @classmethod
+    def catch(cls, number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        cls.waiting = number
+        cls.deliver()
+
+    @classmethod
+    def deliver(cls):
+        if cls.waiting and not cls.held:
+            number, cls.waiting = cls.waiting, None
+            raise Interrupted(f"interrupted ({signal.Signals(number).name})", 128 + number)
+
+
 def start(program, main):
     """Runs main(arguments) and exits: user mistakes, failures and signals end in one line, without a traceback."""
-    def interrupt(number, _):
-        raise Exit(f"interrupted ({signal.Signals(number).name})", status=128 + number)
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    quiet = os.environ.get("RANK", "0") != "0"              # under torchrun only the first process speaks
+    signal.signal(signal.SIGINT, Signals.catch)
+    signal.signal(signal.SIGTERM, Signals.catch)
+    first = os.environ.get("RANK", "0") == "0"              # under torchrun the others say what only they know
     try:
         sys.exit(main(sys.argv[1:]))
-    except Exit as error:
-        if not quiet or error.status == 1:
-            print(("\n" if sys.stdout.isatty() and error.status > 2 else "") + f"{program}: {error}", file=sys.stderr)
+    except (Exit, Interrupted) as error:
+        if first or getattr(error, "alone", False):
+            new_line = "\n" if isinstance(error, Interrupted) and sys.stdout.isatty() else ""
+            print(f"{new_line}{program}: {error}", file=sys.stderr)
         sys.exit(error.status)
 
 
 class resumable:
-    """`with resumable(run):` adds to a signal's line how the run goes on."""
+    """`with resumable(run):` adds how the run goes on to a signal's line; a reader that left stdout is a signal too."""
 
     def __init__(self, run):
         self.run = run
@@ -311,6 +381,9 @@ class resumable:
         return self.run
 
     def __exit__(self, kind, error, traceback):
-        if kind is Exit and error.status > 2:
-            raise Exit(f"{error} after {self.run.epoch} finished epochs; go on with: {self.run.resume_command}",
-                       error.status) from None
+        if kind is BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")
+            error = Interrupted("interrupted (nobody reads stdout)", 128 + signal.SIGPIPE)
+        if isinstance(error, Interrupted):
+            raise Interrupted(f"{error} after {self.run.epoch} finished epochs; go on with: {self.run.resume_command}",
+                              error.status) from None

@@ -18,7 +18,7 @@ from data import DATASETS, Batches, load
 from genotypes import SPACES, Genotype, describe, to_json
 from larc import LARC
 from model import SuperNet
-from run import (Exit, Meter, Parser, Progress, Run, clock, find_device, kept_settings, mix, number, precision, restore,
+from run import (Exit, Meter, Parser, Progress, Run, check_finite, clock, find_device, kept_settings, mix, number, precision, restore,
                  resumable, start, summary, write_file)
 
 # flag: (kind, default, what it is, where the default comes from)
@@ -41,9 +41,9 @@ FLAGS = {
     "arch_learning_rate": (number(float, 0), 3e-4, "alpha: Adam learning rate", "DARTS"),
     "arch_weight_decay": (number(float, 0), 1e-3, "alpha: weight decay", "DARTS"),
     "epochs": (number(int, 1), 50, "epochs", "DARTS"),
-    "init_channels": (number(int, 1), 16, "channels of the first cell", "DARTS"),
-    "layers": (number(int, 3), 8, "cells", "DARTS"),
-    "stem_multiplier": (number(int, 1), 3, "channels of the stem, in units of --init_channels", "DARTS; the release: 1"),
+    "init_channels": (number(int, 1, 4096), 16, "channels of the first cell", "DARTS"),
+    "layers": (number(int, 3, 1000), 8, "cells", "DARTS"),
+    "stem_multiplier": (number(int, 1, 64), 3, "channels of the stem, in units of --init_channels", "DARTS; the release: 1"),
     "train_portion": (number(float, 0, 1, above=True), 0.5, "part of the training split for the weights", "DARTS"),
     "seed": (number(int, 0), 2, "seed", "DARTS"),
     "device": (str, None, "torch device; by default CUDA, else the CPU", "ours"),
@@ -170,6 +170,7 @@ def search(config, run):
         scheduler.step()
         record = {"epoch": epoch, "lr": lr, **state_of(net, meter, evaluate(net, valid, epoch, autocast)),
                   "seconds": time.time() - started}
+        check_finite(epoch, (record["train_loss"], record["valid_loss"]), net)
         run.end_epoch(record, {name: part.state_dict() for name, part in parts.items()})
         progress.line(epoch_line(record))
     return net, progress
@@ -235,13 +236,13 @@ def main(arguments):
     parser = make_parser()
     given = vars(parser.parse_args(arguments))
     folder = given.pop("resume", None)
-    config = kept_settings(parser, Path(folder), given, all_flags) if folder else all_flags(given)
+    config = all_flags(given) if folder is None else kept_settings(parser, Path(folder), given, all_flags)
     if config["learning_rate_min"] > config["learning_rate"]:
         raise Exit(f"--learning_rate_min {config['learning_rate_min']} is above --learning_rate {config['learning_rate']}")
     if config["sqrt_beta"] and not config["node_norm"]:
         print("search.py: warning: --sqrt_beta without --node_norm lets node variances grow with depth (about 2, 6, 15 "
               "and 32 at the four nodes of the first cell, against 1 each with it)", file=sys.stderr)
-    run = Run("search.py", config, "genotype.json", resumed=bool(folder))
+    run = Run("search.py", config, "genotype.json", resumed=folder is not None)
     with resumable(run):
         net, progress = search(config, run)
         genotype = derive(net.space, net.betas())
