@@ -340,13 +340,11 @@ def summary(totals):
 # ---------------------------------------------------------------- signals
 
 class Signals:
-    """SIGINT and SIGTERM as the exception Interrupted; while `held`, they wait. The second one is ignored."""
+    """SIGINT and SIGTERM as the exception Interrupted; while `held`, they wait."""
     held, waiting = 0, None
 
     @classmethod
     def catch(cls, number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         cls.waiting = number
         cls.deliver()
 
@@ -365,6 +363,8 @@ def start(program, main):
     try:
         sys.exit(main(sys.argv[1:]))
     except (Exit, Interrupted) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)        # a second one would cut the line short
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if first or getattr(error, "alone", False):
             new_line = "\n" if isinstance(error, Interrupted) and sys.stdout.isatty() else ""
             print(f"{new_line}{program}: {error}", file=sys.stderr)

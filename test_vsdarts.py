@@ -900,7 +900,7 @@ def tensors_equal(a, b):
 def program(*arguments, wait=True, launcher=(sys.executable,), **options):
     process = subprocess.Popen([*launcher, *map(str, arguments)], cwd=HERE, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True, **options)
-    return (*process.communicate(), process.returncode) if wait else process
+    return (*process.communicate(timeout=300), process.returncode) if wait else process
 
 
 def kill_after_an_epoch(process, folder, number):
@@ -908,7 +908,7 @@ def kill_after_an_epoch(process, folder, number):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
-    return (*process.communicate(), process.returncode)
+    return (*process.communicate(timeout=120), process.returncode)
 
 
 def assert_same_runs(a, b):
