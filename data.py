@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from run import Exit, mix, write_file
+from run import Exit, first_line, mix, write_file
 
 
 class Spec(NamedTuple):
@@ -96,7 +96,8 @@ def load_torchvision(name, root, train):
         except Exception:                                   # missing, not yet unpacked, or damaged in any way
             data = make(download=True)
     except ModuleNotFoundError as error:
-        raise Exit(f"torchvision reads {name} with {error.name}, which is not installed: pip install {error.name}") from None
+        raise Exit(f"torchvision reads {name} with {error.name}, which is not installed: "
+                   f"pip install {error.name}") from None
     except Exception as error:
         raise Exit(f"{name} cannot be read under {root} or downloaded ({type(error).__name__}: {first_line(error)}): "
                    f"put {FILES[name]} there, or see --data; --dataset digits needs no files") from None
@@ -112,10 +113,6 @@ def unpack(folder):
             write_file(archive.with_suffix(""), lambda file: file.write(gzip.decompress(archive.read_bytes())))
 
 
-def first_line(error):
-    return (str(error).splitlines() or [""])[0]
-
-
 def last_line(error):                                       # a worker's error starts with its traceback
     return (str(error).splitlines() or [""])[-1]
 
@@ -124,7 +121,7 @@ def image_folder(root, train, transform):
     """torchvision's ImageFolder of root/train or root/val, whose classes must be the same."""
     try:
         data = datasets.ImageFolder(root / ("train" if train else "val"), transform)
-    except (FileNotFoundError, OSError) as error:
+    except OSError as error:
         raise Exit(f"{root} is no image folder ({first_line(error)}): it needs train/CLASS/IMAGE and, to test, "
                    f"val/CLASS/IMAGE") from None
     if not train and data.classes != sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir()):

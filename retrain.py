@@ -27,7 +27,8 @@ from data import DATASETS, Batches, ImageNet, load, test_batches
 from genotypes import load as load_genotype, to_json
 from model import Network, count_macs, count_parameters
 from run import (Exit, Meter, Parser, Progress, Run, check_finite, clock, find_device, flags_of, hits, kept_settings,
-                 launcher, load_checkpoint, mix, number, precision, read_json, restore, resumable, start, summary, write_file, write_json)
+                 launcher, load_checkpoint, mix, number, precision, read_json, restore, resumable, start, summary,
+                 write_file, write_json, write_text)
 
 FLAGS = {  # flag: (kind, default, what it is); settings of the training are in PROTOCOLS
     "dataset": (tuple(DATASETS), "cifar10", "data set"),
@@ -136,6 +137,11 @@ class Processes:
 
 # ---------------------------------------------------------------- data
 
+def read_split(config, train, processes):
+    split = processes.in_turn(lambda: load(config["dataset"], config["data"], train, config["image_size"]))
+    return split.to(processes.device)
+
+
 def training_data(config, seed, processes):
     """(batches, classes) of the training split; this process's share."""
     place = {"rank": processes.rank, "world": processes.world}
@@ -143,8 +149,7 @@ def training_data(config, seed, processes):
         train = ImageNet(config["data"], True, config["batch_size"], seed, processes.device, config["workers"], **place)
         classes = train.classes
     else:
-        split = processes.in_turn(lambda: load(config["dataset"], config["data"], True, config["image_size"]))
-        split = split.to(processes.device)
+        split = read_split(config, True, processes)
         train = Batches(split, config["batch_size"], seed, config["cutout_length"], **place)
         classes = split.classes
     if train.steps == 0:
@@ -158,8 +163,7 @@ def test_data(config, processes):
     if config["dataset"] == "imagenet":
         test = ImageNet(config["data"], False, config["batch_size"], 0, processes.device, config["workers"], *place)
         return lambda: test.epoch(0), 224
-    split = processes.in_turn(lambda: load(config["dataset"], config["data"], False, config["image_size"]))
-    split = split.to(processes.device)
+    split = read_split(config, False, processes)
     return lambda: test_batches(split, config["batch_size"], *place), split.images.shape[1]
 
 
@@ -168,6 +172,11 @@ def test_data(config, processes):
 def make_network(genotype, config, classes):
     return Network(genotype, config["init_channels"], config["layers"], classes, config["auxiliary_weight"] > 0,
                    config["dataset"] == "imagenet")
+
+
+def without_head(state):
+    """A network's state without its auxiliary head, which only training needs."""
+    return {name: value for name, value in state.items() if not name.startswith("auxiliary_head")}
 
 
 def sizes(genotype, config, classes, side):
@@ -260,12 +269,16 @@ def train(genotype, config, seed, run, processes):
                        "processes": processes.world})
         progress.line(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | test {test_loss:.3f} "
                       f"error {last['error']:.2f}% | {clock(seconds)}")
+    return finish(config, seed, run, net, {"parameters": parameters, "macs": macs}, last, best, processes, progress)
+
+
+def finish(config, seed, run, net, counted, last, best, processes, progress):
+    """Writes weights.pt, then result.json, which marks the run as finished; returns the result."""
     result = {"test_error": last["error"], "test_error_top5": last["error_top5"], "epoch": last["epoch"],
-              "best on test (optimistic)": best["error"], "best_epoch": best["epoch"], "parameters": parameters,
-              "macs": macs, "seed": seed, **circumstances(config, processes)}
+              "best on test (optimistic)": best["error"], "best_epoch": best["epoch"], **counted, "seed": seed,
+              **circumstances(config, processes)}
     if processes.rank == 0:
-        weights = {name: value.cpu().contiguous() for name, value in net.state_dict().items()
-                   if not name.startswith("auxiliary_head")}
+        weights = {name: value.cpu().contiguous() for name, value in without_head(net.state_dict()).items()}
         write_file(run.folder / "weights.pt", lambda file: torch.save(weights, file))
         write_json(run.result, result)
     progress.line(f"test error {last['error']:.2f}% after the last epoch (best on test (optimistic) {best['error']:.2f}%, "
@@ -329,12 +342,11 @@ def evaluate_checkpoint(path, config):
     genotype = read_genotype(path.parent / "genotype.json")
     processes = Processes(config["device"])
     state = load_checkpoint(path)
-    state = state.get("net", state)                         # a checkpoint.pt has more than the network
-    weights = {name: value for name, value in state.items() if not str(name).startswith("auxiliary_head")} if isinstance(
-        state, dict) else {}
-    bias = weights.get("classifier.bias")
+    weights = state.get("net", state)                       # a checkpoint.pt has more than the network
+    bias = weights.get("classifier.bias") if isinstance(weights, dict) else None
     if not isinstance(bias, torch.Tensor) or bias.dim() != 1:
         raise Exit(f"{path} holds no network of this program")
+    weights = without_head(weights)
     net = make_network(genotype, {**config, "auxiliary_weight": 0}, len(bias))
     restore({"net": net}, {"net": weights}, path)
     net.to(processes.device, memory_format=torch.channels_last)
@@ -348,7 +360,7 @@ def evaluate_checkpoint(path, config):
 def keep_genotype(run, genotype):
     """Writes the genotype into the run folder: the weights are of no use without it."""
     if run.writes:
-        write_file(run.folder / "genotype.json", lambda file: file.write(to_json(genotype).encode() + b"\n"))
+        write_text(run.folder / "genotype.json", to_json(genotype))
 
 
 def check(config):

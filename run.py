@@ -1,7 +1,8 @@
 """What search.py and retrain.py share: flags, run folder, checkpoints, resuming, progress and signals.
 
 A run folder holds config.json (every flag), log.jsonl (one line an epoch), checkpoint.pt (after every epoch) and, once
-the run has ended, its result. Every file is written beside its place and then moved there, so none is ever half written.
+the run has ended, its result. Every file but the log, which grows by whole lines, is written beside its place and then
+moved there, so none is ever half written.
 """
 import argparse
 import json
@@ -33,6 +34,7 @@ class Exit(Exception):
 
 class Interrupted(BaseException):
     """A signal; no `except Exception` swallows it. Exit status: 128 + its number."""
+    alone = False                                           # every process gets it
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -58,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         elif isinstance(kind, tuple):
             self.add_argument(flag, choices=kind, help=help)
         else:
-            self.add_argument(flag, type=kind, metavar=getattr(kind, "metavar", "PATH"), help=help)
+            self.add_argument(flag, type=kind, metavar=getattr(kind, "metavar", "NAME"), help=help)
 
 
 def number(kind, low, high=2**31 - 1, above=False):
@@ -119,8 +121,7 @@ def find_device(name):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
     except Exception as error:                              # each kind of device fails in its own way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Exit(f"--device {name} cannot be used here ({reason}); try --device cpu") from None
+        raise Exit(f"--device {name} cannot be used here ({first_line(error)}); try --device cpu") from None
     torch.backends.cudnn.benchmark = True
     return device
 
@@ -129,6 +130,11 @@ def precision(amp, device):
     """A context for the forward pass: float32 throughout or, with `amp`, bfloat16 autocast and TF32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = amp
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
+def first_line(error):
+    """An error's message without what follows its first line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def mix(*numbers):
@@ -158,8 +164,12 @@ def write_file(path, write):
     Signals.deliver()
 
 
+def write_text(path, text):
+    write_file(path, lambda file: file.write(text.encode() + b"\n"))
+
+
 def write_json(path, value):
-    write_file(path, lambda file: file.write(json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"))
+    write_text(path, json.dumps(value, indent=1, allow_nan=False))
 
 
 def read_json(path):
@@ -251,7 +261,7 @@ class Run:
                     log.write(json.dumps(record, allow_nan=False) + "\n")
                 save_checkpoint(self.checkpoint, {"epoch": self.epoch + 1, **state})
             except (OSError, RuntimeError) as error:        # torch.save turns a full disk into a RuntimeError
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                reason = getattr(error, "strerror", None) or first_line(error)
                 raise Exit(f"cannot write in {self.folder} ({reason}); with room there, go on with: {self.resume_command}",
                            status=1) from None
         self.epoch += 1
@@ -365,7 +375,7 @@ def start(program, main):
     except (Exit, Interrupted) as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)        # a second one would cut the line short
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if first or getattr(error, "alone", False):
+        if first or error.alone:
             new_line = "\n" if isinstance(error, Interrupted) and sys.stdout.isatty() else ""
             print(f"{new_line}{program}: {error}", file=sys.stderr)
         sys.exit(error.status)

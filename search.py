@@ -18,8 +18,8 @@ from data import DATASETS, Batches, load
 from genotypes import SPACES, Genotype, describe, to_json
 from larc import LARC
 from model import SuperNet
-from run import (Exit, Meter, Parser, Progress, Run, check_finite, clock, find_device, kept_settings, mix, number, precision, restore,
-                 resumable, start, summary, write_file)
+from run import (Exit, Meter, Parser, Progress, Run, check_finite, clock, find_device, kept_settings, mix, number,
+                 precision, restore, resumable, start, summary, write_text)
 
 # flag: (kind, default, what it is, where the default comes from)
 FLAGS = {
@@ -31,7 +31,8 @@ FLAGS = {
     "larc": (bool, False, "a learning rate per tensor", "section 4.2"),
     "sqrt_beta": (bool, False, "weigh operations by sqrt(beta), Eq. 6", "section 4.3"),
     "larc_trust": (number(float, 0, above=True), 1.0, "trust coefficient of --larc", "section 4.2 has none"),
-    "larc_clip": (bool, False, "clip form of --larc: never above the global rate", "apex, with --larc_trust 0.02: the release"),
+    "larc_clip": (bool, False, "clip form of --larc: never above the global rate",
+                  "apex, with --larc_trust 0.02: the release"),
     "batch_size": (number(int, 2), 64, "images of each of a step's two batches", "DARTS; the release: 96"),
     "learning_rate": (number(float, 0), 0.025, "weights: SGD learning rate of the first epoch", "DARTS"),
     "learning_rate_min": (number(float, 0), 0.001, "weights: where its cosine ends", "DARTS"),
@@ -102,11 +103,12 @@ def alpha_step(net, optimizer, images, labels, autocast):
 
 def weight_step(net, optimizer, images, labels, autocast, grad_clip):
     """min over w of L_train(w, alpha), the constraint of Eq. 2."""
-    only(net.weights(), net.alphas())
+    weights = net.weights()
+    only(weights, net.alphas())
     loss, logits = loss_of(net, images, labels, autocast)
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(net.weights(), grad_clip)
+    torch.nn.utils.clip_grad_norm_(weights, grad_clip)
     optimizer.step()
     return loss, logits
 
@@ -201,7 +203,8 @@ def state_of(net, train, valid):
 def epoch_line(record):
     cell = [name for kind in ("normal", "reduce") for node in record["genotype"][kind] for name, _ in node]
     counts = " ".join(f"{cell.count(name)} {name}" for name in sorted(set(cell)))
-    betas = ", ".join(f"{key.replace('_', ' ')} {record[key]:.4f}" for key in ("beta_none", "beta_skip") if record[key] is not None)
+    betas = ", ".join(f"{key.replace('_', ' ')} {record[key]:.4f}" for key in ("beta_none", "beta_skip")
+                      if record[key] is not None)
     return (f"epoch {record['epoch']} lr {record['lr']:.6f} | train {record['train_loss']:.3f} {record['train_acc']:.1f}% | "
             f"valid {record['valid_loss']:.3f} {record['valid_acc']:.1f}% | {betas or 'no beta'} | {counts} | "
             f"{clock(record['seconds'])}")
@@ -246,7 +249,7 @@ def main(arguments):
     with resumable(run):
         net, progress = search(config, run)
         genotype = derive(net.space, net.betas())
-        write_file(run.result, lambda file: file.write(to_json(genotype).encode() + b"\n"))
+        write_text(run.result, to_json(genotype))
     data = "" if config["data"] == "data" else f" --data {shlex.quote(config['data'])}"
     size = "" if config["dataset"] != "folder" else f" --image_size {config['image_size']}"
     progress.line(f"{run.result}\n{describe(genotype)}\n"
