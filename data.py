@@ -6,6 +6,7 @@ downloaded where that is possible, by torchvision. ImageNet streams from disk th
 """
 import functools
 import gzip
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,27 +17,27 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from run import Exit, first_line, mix, write_file
+import run
+from run import Exit, make_seed, reason, save
 
 
 class Spec(NamedTuple):
-    """classes: None if the folder tells. mean, std: per channel, of pixels in [0, 1]. pad, flip: the augmentation."""
-    classes: int | None
+    """size: side of the images in pixels. mean, std: per channel, of pixels in [0, 1]. flip: part of the augmentation."""
+    size: int
     mean: tuple
     std: tuple
-    pad: int = 4                                            # pixels: random crop out of the image padded with zeros
     flip: bool = True
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DATASETS = {
-    "cifar10": Spec(10, (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),  # DARTS
-    "cifar100": Spec(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),                        # RobustDARTS
-    "svhn": Spec(10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),                             # RobustDARTS
-    "fashion_mnist": Spec(10, (0.2860,) * 3, (0.3530,) * 3),                                          # its train split
-    "digits": Spec(10, (0.3054,) * 3, (0.3753,) * 3, pad=1, flip=False),                              # its train split
-    "folder": Spec(None, IMAGENET_MEAN, IMAGENET_STD),
-    "imagenet": Spec(1000, IMAGENET_MEAN, IMAGENET_STD),
+    "cifar10": Spec(32, (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),  # DARTS
+    "cifar100": Spec(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),                         # RobustDARTS
+    "svhn": Spec(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),                             # RobustDARTS
+    "fashion_mnist": Spec(28, (0.2860,) * 3, (0.3530,) * 3),                                          # its train split
+    "digits": Spec(8, (0.3054,) * 3, (0.3753,) * 3, flip=False),                                      # its train split
+    "folder": Spec(32, IMAGENET_MEAN, IMAGENET_STD),
+    "imagenet": Spec(224, IMAGENET_MEAN, IMAGENET_STD),
 }
 DIGITS_TRAIN = 1437                                         # of 1,797; the rest is the test split
 FILES = {                                                   # what torchvision reads, under --data
@@ -47,41 +48,58 @@ FILES = {                                                   # what torchvision r
 
 
 class Split(NamedTuple):
-    """images: uint8 (N, H, W, 3); labels: int64 (N,); classes: their number; spec: the data set's constants."""
+    """images: uint8 (N, H, W, 3); labels: int64 (N,); classes: their number; spec: the data set's constants.
+
+    layout: the memory format of the batches made from it.
+    """
     images: torch.Tensor
     labels: torch.Tensor
     classes: int
     spec: Spec
+    layout: torch.memory_format = torch.channels_last
 
     def part(self, start, stop):
         return self._replace(images=self.images[start:stop], labels=self.labels[start:stop])
 
-    def to(self, device):
-        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+    def to(self, device, layout):
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device), layout=layout)
 
 
 # ---------------------------------------------------------------- reading
 
-def load(name, root, train, image_size=32):
-    """The train or test split of a data set that fits in memory. Raises Exit if it is missing or damaged."""
+def load(name, root, train, image_size=None, limit=None):
+    """The train or test split of a data set that fits in memory. Raises Exit if it is missing or damaged.
+
+    image_size: the side to which images are resized, by area. limit: take the first `limit` training images only.
+    """
     spec = DATASETS[name]
+    size = image_size or spec.size
     if name == "folder":
-        return load_folder(Path(root), train, image_size, spec)
-    if name == "digits":
+        images, labels, classes = load_folder(Path(root), train, size)
+    elif name == "digits":
         with np.load(Path(__file__).with_name("digits.npz")) as file:
-            images, labels = file["images"] * 255.0 / 16, file["labels"]           # 8x8, values 0 to 16
+            images, labels, classes = file["images"] * 255.0 / 16, file["labels"], 10  # 8x8, values 0 to 16
         part = slice(0, DIGITS_TRAIN) if train else slice(DIGITS_TRAIN, None)
         images, labels = images.round().astype(np.uint8)[part], labels[part]
     else:
-        images, labels = load_torchvision(name, Path(root), train)
-    images = torch.as_tensor(images)
-    if images.dim() == 3:
-        images = images[..., None].expand(-1, -1, -1, 3)    # grey: three equal channels
-    return Split(images.contiguous(), torch.as_tensor(labels).long(), spec.classes, spec)
+        images, labels, classes = load_torchvision(name, Path(root), train)
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
+    if train and limit is not None:
+        images, labels = images[:limit], labels[:limit]
+    if images.dim() == 3:                                   # grey: three equal channels
+        images = images[..., None].expand(-1, -1, -1, 3)
+    if images.shape[1] != size:
+        images = resize(images.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    return Split(images.contiguous(), labels, classes, spec)
+
+
+def resize(images, size):
+    """uint8 images (B, C, H, W) to size x size: each new pixel is the mean of the area it covers."""
+    return F.interpolate(images.float(), (size, size), mode="area").round().to(torch.uint8)
 
 
 def load_torchvision(name, root, train):
-    """Arrays (N, H, W, 3) or (N, H, W), and labels. Downloads only what is missing or damaged."""
+    """Images (N, H, W, 3) or (N, H, W), labels, number of classes. Downloads only what is missing or damaged."""
     make = {"cifar10": lambda **options: datasets.CIFAR10(root, train, **options),
             "cifar100": lambda **options: datasets.CIFAR100(root, train, **options),
             "svhn": lambda **options: datasets.SVHN(root, "train" if train else "test", **options),
@@ -99,44 +117,48 @@ def load_torchvision(name, root, train):
         raise Exit(f"torchvision reads {name} with {error.name}, which is not installed: "
                    f"pip install {error.name}") from None
     except Exception as error:
-        raise Exit(f"{name} cannot be read under {root} or downloaded ({type(error).__name__}: {first_line(error)}): "
+        raise Exit(f"{name} cannot be read under {root} or downloaded ({type(error).__name__}: {reason(error)}): "
                    f"put {FILES[name]} there, or see --data; --dataset digits needs no files") from None
     if name == "svhn":
-        return data.data.transpose(0, 2, 3, 1), data.labels
-    return data.data, data.targets
+        return data.data.transpose(0, 2, 3, 1), data.labels, 10
+    return data.data, data.targets, len(data.classes)
 
 
 def unpack(folder):
     """Unpacks the archives that are there: torchvision wants all four files, and of archives the bytes of one edition."""
     for archive in folder.glob("*-ubyte.gz"):
         if not archive.with_suffix("").exists():
-            write_file(archive.with_suffix(""), lambda file: file.write(gzip.decompress(archive.read_bytes())))
-
-
-def last_line(error):                                       # a worker's error starts with its traceback
-    return (str(error).splitlines() or [""])[-1]
+            save(archive.with_suffix(""), lambda file: file.write(gzip.decompress(archive.read_bytes())))
 
 
 def image_folder(root, train, transform):
-    """torchvision's ImageFolder of root/train or root/val, whose classes must be the same."""
+    """torchvision's ImageFolder of root/train or root/val; their classes must be the same where both are there."""
     try:
         data = datasets.ImageFolder(root / ("train" if train else "val"), transform)
+        other = root / ("val" if train else "train")
+        classes = sorted(entry.name for entry in other.iterdir() if entry.is_dir()) if other.exists() else data.classes
     except OSError as error:
-        raise Exit(f"{root} is no image folder ({first_line(error)}): it needs train/CLASS/IMAGE and, to test, "
-                   f"val/CLASS/IMAGE") from None
-    if not train and data.classes != sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir()):
+        raise Exit(f"{root} is no image folder ({reason(error)}): it needs train/CLASS/IMAGE to train, and "
+                   f"val/CLASS/IMAGE to test") from None
+    if data.classes != classes:
         raise Exit(f"{root}: train and val have different classes")
     return data
 
 
-def load_folder(root, train, image_size, spec):
-    data = image_folder(root, train, v2.Compose([v2.Resize((image_size, image_size)), v2.PILToTensor()]))
+def shuffled(count):
+    """A fixed order for images that come sorted by class, so that every part of them has all classes."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
+def load_folder(root, train, size):
+    to_pixels = v2.Compose([v2.PILToTensor(), lambda image: resize(image[None], size)[0]])
+    data = image_folder(root, train, to_pixels)
     try:
         images = torch.stack([image for image, _ in data]).permute(0, 2, 3, 1)
     except OSError as error:
-        raise Exit(f"{root}: an image cannot be read ({first_line(error)})") from None
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # files are sorted by class
-    return Split(images[order].contiguous(), torch.tensor(data.targets)[order], len(data.classes), spec)
+        raise Exit(f"{root}: an image cannot be read ({reason(error)})") from None
+    order = shuffled(len(data))
+    return images[order], torch.tensor(data.targets)[order], len(data.classes)
 
 
 # ---------------------------------------------------------------- augmentation
@@ -144,24 +166,32 @@ def load_folder(root, train, image_size, spec):
 def augment(images, uniform, spec, cutout=0):
     """Augmented, normalized copies of uint8 images (B, H, W, 3): float (B, 3, H, W) in channels_last order.
 
-    uniform: (B, 5) numbers in [0, 1), each image's own. In order: crop from the image padded by spec.pad, flip,
-    normalize, cut out a square of `cutout` pixels a side around a random pixel (cut at the border).
+    uniform: (B, 5) numbers in [0, 1), each image's own. In order: crop from the image padded by an eighth of its side (4
+    pixels for 32, as in DARTS), flip, normalize, cut out a square of `cutout` pixels a side around a random pixel.
     """
     B, H, W, _ = images.shape
-    down, right, flip, y, x = uniform.unbind(1)
-    rows = (down * (2 * spec.pad + 1)).long()[:, None] + torch.arange(H, device=images.device)       # (B, H)
+    pad = (H + 4) // 8
+    dy, dx = (uniform[:, :2] * (2 * pad + 1)).long().unbind(1)
+    rows = dy[:, None] + torch.arange(H, device=images.device)                                       # (B, H)
     across = torch.arange(W, device=images.device).expand(B, W)
     if spec.flip:
-        across = torch.where(flip[:, None] < 0.5, across.flip(1), across)
-    columns = (right * (2 * spec.pad + 1)).long()[:, None] + across                                  # (B, W)
-    padded = F.pad(images, (0, 0) + (spec.pad,) * 4)
+        across = torch.where(uniform[:, 2:3] < 0.5, across.flip(1), across)
+    columns = dx[:, None] + across                                                                   # (B, W)
+    padded = F.pad(images, (0, 0) + (pad,) * 4)
     batch = torch.arange(B, device=images.device)[:, None, None]
-    out = normalize(padded[batch, rows[:, :, None], columns[:, None, :]], spec)
+    crop = normalize(padded[batch, rows[:, :, None], columns[:, None, :]], spec)
     if cutout:
-        hidden = [((torch.arange(size, device=images.device) - (at * size).long()[:, None] + cutout // 2) // cutout) == 0
-                  for at, size in ((y, H), (x, W))]
-        out = out.masked_fill((hidden[0][:, :, None] & hidden[1][:, None, :])[:, None], 0)
-    return out
+        crop = crop.masked_fill(cutout_mask(uniform[:, 3:], H, W, cutout), 0)
+    return crop
+
+
+def cutout_mask(uniform, H, W, side):
+    """Where to cut: bool (B, 1, H, W), true in a square around a random pixel, as much of it as lies in the image."""
+    y, x = (uniform[:, 0] * H).long()[:, None], (uniform[:, 1] * W).long()[:, None]                   # (B, 1)
+    rows, columns = torch.arange(H, device=uniform.device), torch.arange(W, device=uniform.device)
+    in_rows = (rows >= y - side // 2) & (rows < y - side // 2 + side)                                # (B, H)
+    in_columns = (columns >= x - side // 2) & (columns < x - side // 2 + side)                       # (B, W)
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
 
 @functools.cache
@@ -182,13 +212,13 @@ def batch_indices(count, batch_size, seed, epoch, rank=0, world=1):
     Every batch is divided evenly; the last is cut to a multiple of the processes, and left out if a process would get
     a single image of it, which batch norm cannot do.
     """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(make_seed(seed, "order", epoch)))
     batches = [batch[:len(batch) // world * world] for batch in order.split(batch_size)]
     return [batch.chunk(world)[rank] for batch in batches if len(batch) >= 2 * world]
 
 
 class Batches:
-    """Batches of a split on the device: `for images, labels in batches.epoch(e)`. `seed` is mixed with epoch and step.
+    """Batches of a split on the device: `for images, labels in batches.epoch(e)`, a function of seed, epoch and step.
 
     Process `rank` of `world` gets its share of every batch, augmented as it would be in one process.
     """
@@ -197,6 +227,8 @@ class Batches:
         self.split, self.batch_size, self.seed, self.cutout = split, batch_size, seed, cutout
         self.rank, self.world = rank, world
         self.steps = len(self.indices(0))
+        if self.steps == 0:
+            raise Exit(f"{len(split.labels)} images leave {world} processes without a batch")
 
     def indices(self, epoch):
         return batch_indices(len(self.split.labels), self.batch_size, self.seed, epoch, self.rank, self.world)
@@ -207,52 +239,71 @@ class Batches:
     def range(self, start, stop):
         """Batches number `start` to `stop` of the endless sequence of epochs."""
         device, cached = self.split.labels.device, None
-        for step in range(start, stop):
-            epoch, k = divmod(step, self.steps)
+        for number in range(start, stop):
+            epoch, step = divmod(number, self.steps)
             if epoch != cached:
                 indices, cached = [batch.to(device) for batch in self.indices(epoch)], epoch
-            share = len(indices[k])
-            generator = torch.Generator(device).manual_seed(mix(self.seed, epoch, k))
+            share = len(indices[step])
+            generator = torch.Generator(device).manual_seed(make_seed(self.seed, "augmentation", epoch, step))
             uniform = torch.rand(share * self.world, 5, generator=generator, device=device)
             uniform = uniform[self.rank * share:(self.rank + 1) * share]
-            yield (augment(self.split.images[indices[k]], uniform, self.split.spec, self.cutout),
-                   self.split.labels[indices[k]])
+            images = augment(self.split.images[indices[step]], uniform, self.split.spec, self.cutout)
+            yield images.contiguous(memory_format=self.split.layout), self.split.labels[indices[step]]
 
 
 def test_batches(split, batch_size, rank=0, world=1):
     """Every image of the split once over all processes, normalized, not augmented."""
     for indices in torch.arange(len(split.labels), device=split.labels.device)[rank::world].split(batch_size):
-        yield normalize(split.images[indices], split.spec), split.labels[indices]
+        images = normalize(split.images[indices], split.spec)
+        yield images.contiguous(memory_format=split.layout), split.labels[indices]
 
 
 # ---------------------------------------------------------------- ImageNet
 
-class ImageNet:
-    """ImageNet, or any folder like it, from disk: the transforms of DARTS's train_imagenet.py at 224x224."""
+def ignore_signals(worker):
+    """For the processes that read images: only the one that trains decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def __init__(self, root, train, batch_size, seed, device, workers, rank=0, world=1):
-        spec = DATASETS["imagenet"]
-        crop = ([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if train else
-                [v2.Resize(256), v2.CenterCrop(224)])
-        self.data = image_folder(Path(root), train, v2.Compose([
+
+class ImageNet:
+    """ImageNet, or any folder like it, from disk: the transforms of DARTS's train_imagenet.py, 224x224 by default."""
+
+    def __init__(self, args, train, seed, device, layout, rank=0, world=1):
+        spec, size = DATASETS["imagenet"], args.image_size or DATASETS["imagenet"].size
+        crop = ([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if train else
+                [v2.Resize(size * 8 // 7), v2.CenterCrop(size)])                                     # 256 for 224
+        self.data = image_folder(Path(args.data), train, v2.Compose([
             *crop, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(spec.mean, spec.std)]))
-        self.classes = len(self.data.classes)
-        self.train, self.batch_size, self.seed, self.device, self.workers = train, batch_size, seed, device, workers
-        self.rank, self.world = rank, world
+        self.classes, self.size, count = len(self.data.classes), size, len(self.data)
+        if train and args.limit is not None:
+            self.data = torch.utils.data.Subset(self.data, shuffled(count)[:args.limit].tolist())
+        self.train, self.batch_size, self.seed, self.workers = train, args.batch_size, seed, args.workers
+        self.device, self.layout, self.rank, self.world = device, layout, rank, world
         self.steps = len(self.indices(0))
+        if self.steps == 0:
+            raise Exit(f"--batch_size {args.batch_size} or {args.data} leave {world} processes without a batch")
 
     def indices(self, epoch):
         if self.train:
             return batch_indices(len(self.data), self.batch_size, self.seed, epoch, self.rank, self.world)
-        return list(torch.arange(len(self.data))[self.rank::self.world].split(self.batch_size))
+        share = torch.arange(len(self.data))[self.rank::self.world]
+        return share.split(max(1, self.batch_size // self.world))
 
     def epoch(self, epoch):
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch, self.rank))  # seeds the workers
-        loader = DataLoader(self.data, batch_sampler=[batch.tolist() for batch in self.indices(epoch)],
-                            num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=generator)
-        try:
-            for images, labels in loader:
-                yield (images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last),
-                       labels.to(self.device, non_blocking=True))
-        except OSError as error:
-            raise Exit(f"{self.data.root}: an image cannot be read ({last_line(error)})", alone=True) from None
+        """The batches of an epoch. If one for training cannot be read, that is a reason to stop, and the one before comes
+        again until all processes stop: the others would wait for ever for the gradients of one that left alone."""
+        generator = torch.Generator().manual_seed(make_seed(self.seed, "workers", epoch, self.rank))
+        loader = iter(DataLoader(self.data, batch_sampler=[batch.tolist() for batch in self.indices(epoch)],
+                                 num_workers=self.workers, worker_init_fn=ignore_signals, generator=generator,
+                                 pin_memory=self.device.type == "cuda"))
+        images, labels = torch.zeros(2, 3, self.size, self.size), torch.zeros(2, dtype=torch.long)
+        for _ in range(self.steps):
+            try:
+                images, labels = next(loader)
+            except OSError as error:                        # a worker's starts with its traceback
+                run.stop = Exit(f"an image cannot be read ({str(error).strip().splitlines()[-1]})")
+                if not self.train:
+                    raise run.stop from None
+            yield (images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout),
+                   labels.to(self.device, non_blocking=True))

@@ -7,6 +7,7 @@
 A genotype is a value that JSON can hold; files are read with json and checked, never evaluated.
 """
 import json
+import os
 import shlex
 import sys
 from typing import NamedTuple
@@ -348,6 +349,16 @@ def describe(genotype):
     return "\n".join(lines)
 
 
+def darts_notation(genotype):
+    """The genotype as DARTS and its forks write it, to be pasted into their genotypes.py; they want two inputs a node."""
+    nodes = genotype.normal + genotype.reduce
+    if any(len(node) != 2 for node in nodes):
+        return "(not to be written in DARTS's notation: a node has one input, or more than two)"
+    normal, reduce = ([pair for node in cell for pair in node] for cell in (genotype.normal, genotype.reduce))
+    return (f"Genotype(normal={normal}, normal_concat={list(genotype.normal_concat)}, "
+            f"reduce={reduce}, reduce_concat={list(genotype.reduce_concat)})")
+
+
 def print_cell(name_or_file):
     genotype = load(name_or_file)
     published_cell = PUBLISHED.get(name_or_file)
@@ -359,6 +370,7 @@ def print_cell(name_or_file):
     for title, net, size in (("CIFAR-10, 20 cells, 36 channels", network(genotype), 32),
                              (f"ImageNet, 14 cells, {C} channels", network(genotype, True, C), 224)):
         print(f"  {title}: {count_parameters(net):,} parameters, {count_macs(net, size):,} multiply-adds")
+    print(f"  in DARTS's notation, for a fork's genotypes.py:\n{darts_notation(genotype)}")
     print(f"  python retrain.py --genotype {shlex.quote(name_or_file)}")
 
 
@@ -370,9 +382,12 @@ def main(arguments):
         if len(arguments) > 1:
             raise ValueError(f"one cell at most, not {len(arguments)} (see --help)")
         print_cell(arguments[0]) if arguments else print_table()
+        sys.stdout.flush()
     except ValueError as error:
         print(f"genotypes.py: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                                 # `python genotypes.py | head`
+        sys.stdout = open(os.devnull, "w")
     return 0
 
 

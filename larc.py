@@ -50,7 +50,7 @@ class LARC(torch.optim.Optimizer):
         return loss
 
     def step_group(self, group, params):
-        """One step for all tensors of a group at once: no loop over them, and nothing waits for the device."""
+        """One step for all tensors of a group at once; nothing waits for the device."""
         grads = [p.grad for p in params]
         factors = local_factors(params, grads, group["lr"], group["weight_decay"], group["trust_coefficient"],
                                 group["clip"])

@@ -1,9 +1,11 @@
 """The networks, bottom-up: operations, mixed operation, cells, super-network, derived network.
 
-Mirrors the paper's sections 2.2 (Eq. 1), 4.1 (Eq. 3) and 4.3 (Eq. 6). Whatever the paper leaves to DARTS
-follows quark0/darts, cnn/{operations,model_search,model}.py at commit f276dd3.
-Needs torch alone. To see sizes without any data: `python genotypes.py`.
+Mirrors the paper's sections 2.2 (Eq. 1), 4.1 (Eq. 3) and 4.3 (Eq. 6). Whatever the paper leaves to DARTS follows
+quark0/darts, cnn/{operations,model_search,model}.py at commit f276dd3.
+Needs torch alone. To see parameters and multiply-adds without any data: `python genotypes.py`.
 """
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -12,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------- operations
 
-class AfterReLU(nn.Module):
-    """ReLU, then `body`. A cell computes a node's ReLU once and hands it to the body of every edge."""
+class ReLUFirst(nn.Module):
+    """ReLU, then `body`. A mixed operation computes the ReLU of its edge once and hands it to every such body."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -40,13 +42,13 @@ class ShiftedConvs(nn.Module):
 
     def __init__(self, C_in, C):
         super().__init__()
-        self.every_second = Subsample(2)
+        self.subsample = Subsample(2)
         self.conv1 = nn.Conv2d(C_in, C // 2, 1, bias=False)
         self.conv2 = nn.Conv2d(C_in, C - C // 2, 1, bias=False)
 
     def forward(self, x):
         shifted = F.pad(x, (-1, 1, -1, 1))                  # same size, so odd sizes fit too
-        return torch.cat([self.conv1(self.every_second(x)), self.conv2(self.every_second(shifted))], dim=1)
+        return torch.cat([self.conv1(self.subsample(x)), self.conv2(self.subsample(shifted))], dim=1)
 
 
 class Noise(Subsample):
@@ -57,12 +59,11 @@ class Noise(Subsample):
 
 
 def FactorizedReduce(C_in, C, affine):
-    return AfterReLU(ShiftedConvs(C_in, C), nn.BatchNorm2d(C, affine=affine))
+    return ReLUFirst(ShiftedConvs(C_in, C), nn.BatchNorm2d(C, affine=affine))
 
 
 def conv_bn(C_in, C, kernel, stride, affine):
-    subsample = [Subsample(stride)] if kernel == 1 else []
-    return AfterReLU(*subsample, nn.Conv2d(C_in, C, kernel, 1 if kernel == 1 else stride, padding=kernel // 2, bias=False),
+    return ReLUFirst(nn.Conv2d(C_in, C, kernel, stride, padding=kernel // 2, bias=False),
                      nn.BatchNorm2d(C, affine=affine))
 
 
@@ -74,15 +75,15 @@ def separable(C, kernel, stride, affine, dilation=1):
 
 
 def sep_conv(C, kernel, stride, affine):                    # applied twice; the second time with stride 1
-    return AfterReLU(*separable(C, kernel, stride, affine), nn.ReLU(inplace=True), *separable(C, kernel, 1, affine))
+    return ReLUFirst(*separable(C, kernel, stride, affine), nn.ReLU(inplace=True), *separable(C, kernel, 1, affine))
 
 
 def dil_conv(C, kernel, stride, affine):
-    return AfterReLU(*separable(C, kernel, stride, affine, dilation=2))
+    return ReLUFirst(*separable(C, kernel, stride, affine, dilation=2))
 
 
 def conv_7x1_1x7(C, stride, affine):
-    return AfterReLU(nn.Conv2d(C, C, (1, 7), (1, stride), padding=(0, 3), bias=False),
+    return ReLUFirst(nn.Conv2d(C, C, (1, 7), (1, stride), padding=(0, 3), bias=False),
                      nn.Conv2d(C, C, (7, 1), (stride, 1), padding=(3, 0), bias=False),
                      nn.BatchNorm2d(C, affine=affine))
 
@@ -103,7 +104,7 @@ OPS = {
     "noise": lambda C, stride, affine: Noise(stride),                              # RobustDARTS, space S4
     "sep_conv_7x7": lambda C, stride, affine: sep_conv(C, 7, stride, affine),      # from here on: published cells only
     "conv_7x1_1x7": conv_7x1_1x7,
-    "nor_conv_1x1": lambda C, stride, affine: conv_bn(C, C, 1, stride, affine),
+    "nor_conv_1x1": lambda C, stride, affine: nn.Sequential(Subsample(stride), conv_bn(C, C, 1, 1, affine)),
     "nor_conv_3x3": lambda C, stride, affine: conv_bn(C, C, 3, stride, affine),
     "max_pool_2x2": lambda C, stride, affine: max_pool_2x2(stride),
 }
@@ -128,43 +129,28 @@ def candidate(name, C, stride):
 
 
 class MixedOp(nn.Module):
-    """The mixed operation of an edge, Eq. 1: sum over o of weight_o * o(x).
+    """The mixed operation of an edge, Eq. 1: the sum over o of beta_o * o(x).
 
-    Used alone: `MixedOp(C, stride, primitives)(x, mixing_weights(alpha))` with x (B, C, H, W), one weight for each
-    of `primitives` in their order. `without` names operations whose outputs forward() will be given as `shared`.
+    `MixedOp(C, stride, primitives)(x, mixing_weights(alpha))` with x (B, C, H, W) and alpha (operations,), in the order
+    of `primitives`. Returns (B, C, H/stride, W/stride). Raises ValueError if there is not one beta for each operation.
     """
 
-    def __init__(self, C, stride, primitives, without=()):
+    def __init__(self, C, stride, primitives):
         super().__init__()
-        self.primitives = primitives
-        self.ops = nn.ModuleDict({name: candidate(name, C, stride) for name in primitives
-                                  if name != "none" and name not in without})
+        self.primitives, self.stride = primitives, stride
+        self.ops = nn.ModuleDict({name: candidate(name, C, stride) for name in primitives if name != "none"})
 
-    def forward(self, x, weights, shared=None):
-        shared = {"relu": F.relu(x)} if shared is None else shared
+    def forward(self, x, beta):
+        x_relu = F.relu(x)                                  # most operations begin with it: once per edge
         outputs = []
-        for name, weight in zip(self.primitives, weights):
-            if name == "none":                              # zeros; its beta still counts in the softmax
+        for name, beta_o in zip(self.primitives, beta, strict=True):
+            if name == "none":                              # zeros: it has its beta, but adds nothing
                 continue
-            if name in shared:
-                output = shared[name]
-            elif isinstance(self.ops[name], AfterReLU):
-                output = self.ops[name].body(shared["relu"])
-            else:
-                output = self.ops[name](x)
-            outputs.append(weight * output)
-        return sum(outputs[1:], outputs[0])                 # Eq. 1
-
-
-class SharedOps(nn.Module):
-    """What all edges that leave one node compute alike, computed once: ReLU, and each pool with its batch norm."""
-
-    def __init__(self, C, stride, names):
-        super().__init__()
-        self.pools = nn.ModuleDict({name: candidate(name, C, stride) for name in names})
-
-    def forward(self, x):
-        return {"relu": F.relu(x), **{name: pool(x) for name, pool in self.pools.items()}}
+            op = self.ops[name]
+            outputs.append(beta_o * (op.body(x_relu) if isinstance(op, ReLUFirst) else op(x)))
+        if not outputs:
+            return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
+        return functools.reduce(torch.add, outputs)                   # Eq. 1
 
 
 # ---------------------------------------------------------------- super-network (sections 2.2 and 4.1)
@@ -180,44 +166,37 @@ def reductions(layers):
 
 
 class SearchCell(nn.Module):
-    """A cell of the super-network. Nodes 0 and 1 are its inputs; node j sums the mixed operations of its edges.
+    """A cell of the super-network. Nodes 0 and 1 are its inputs; node j sums the mixed operations from all nodes before.
 
-    edges: {(source, target): primitives}. Returns the concatenation of the intermediate nodes.
+    edges: {(i, j): primitives} for every i < j, as in `genotypes.SPACES`. Returns the intermediate nodes, concatenated.
     """
 
     def __init__(self, edges, C_prev_prev, C_prev, C, reduction, reduction_prev, node_norm):
         super().__init__()
         self.preprocess0 = preprocess(C_prev_prev, C, reduction_prev, affine=False)
         self.preprocess1 = preprocess(C_prev, C, False, affine=False)
-        self.sources = {j: [i for i, target in edges if target == j] for _, j in edges}
-        self.shared, self.edges = nn.ModuleDict(), nn.ModuleDict()
-        for i in sorted({source for source, _ in edges}):
-            stride = 2 if reduction and i < 2 else 1        # a node's outgoing edges all have the same stride
-            leaving = {j: primitives for (source, j), primitives in edges.items() if source == i}
-            pools = sorted({name for primitives in leaving.values() for name in primitives if "pool" in name})
-            self.shared[str(i)] = SharedOps(C, stride, pools)
-            for j, primitives in leaving.items():
-                self.edges[f"{i}->{j}"] = MixedOp(C, stride, primitives, without=pools)
-        normalize = (lambda: nn.BatchNorm2d(C, affine=False)) if node_norm else nn.Identity
-        self.normalize = nn.ModuleDict({str(j): normalize() for j in self.sources})
+        self.edges = nn.ModuleDict()
+        for (i, j), primitives in edges.items():
+            self.edges[f"{i}->{j}"] = MixedOp(C, 2 if reduction and i < 2 else 1, primitives)
+        nodes = {j for _, j in edges}
+        self.normalize = nn.ModuleList(nn.BatchNorm2d(C, affine=False) if node_norm else nn.Identity() for _ in nodes)
 
-    def forward(self, s0, s1, weights):
-        """s0, s1: outputs of the two cells before; weights: {(source, target): mixing weights of that edge}."""
-        states, shared = {0: self.preprocess0(s0), 1: self.preprocess1(s1)}, {}
-        for j, sources in self.sources.items():
-            for i in sources:
-                if i not in shared:
-                    shared[i] = self.shared[str(i)](states[i])
-            x_j = sum(self.edges[f"{i}->{j}"](states[i], weights[i, j], shared[i]) for i in sources)
-            states[j] = self.normalize[str(j)](x_j)         # Eq. 3: (x_j - mu) / sigma, per channel
-        return torch.cat([states[j] for j in self.sources], dim=1)
+    def forward(self, s0, s1, beta):
+        """s0, s1: outputs of the two cells before; beta: (edges, operations), edges in the order they were given in."""
+        beta = dict(zip(self.edges, beta, strict=True))
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for j, normalize in enumerate(self.normalize, start=2):
+            mixed = [self.edges[f"{i}->{j}"](states[i], beta[f"{i}->{j}"]) for i in range(j)]
+            x_j = functools.reduce(torch.add, mixed)
+            states.append(normalize(x_j))                   # Eq. 3: (x_j - mu) / sigma, per channel
+        return torch.cat(states[2:], dim=1)
 
 
 class SuperNet(nn.Module):
     """The super-network, (B, 3, H, W) -> logits (B, num_classes); H and W from 8 upwards, odd ones too.
 
-    space: {"normal": edges, "reduce": edges} with edges {(source, target): primitives}, as in `genotypes.SPACES`,
-    ordered by target; the lists may differ from edge to edge, in length too. node_norm: Eq. 3. sqrt_beta: Eq. 6.
+    space: {"normal": edges, "reduce": edges}, edges as for SearchCell; within a cell type all edges have equally many
+    operations. node_norm: Eq. 3. sqrt_beta: Eq. 6. `weights` are all parameters but the `alphas`.
     """
 
     def __init__(self, space, C=16, layers=8, num_classes=10, node_norm=False, sqrt_beta=False, stem_multiplier=3):
@@ -231,40 +210,28 @@ class SuperNet(nn.Module):
             C = 2 * C if reduction else C
             cell_type = "reduce" if reduction else "normal"
             cell = SearchCell(space[cell_type], C_prev_prev, C_prev, C, reduction, reduction_prev, node_norm)
-            C_prev_prev, C_prev, reduction_prev = C_prev, C * len(cell.sources), reduction
+            C_prev_prev, C_prev, reduction_prev = C_prev, C * len(cell.normalize), reduction
             self.cells.append(cell)
             self.cell_types.append(cell_type)
         self.classifier = nn.Linear(C_prev, num_classes)
-        for cell_type, edges in space.items():
-            width = max(len(primitives) for primitives in edges.values())
-            absent = torch.tensor([[k >= len(primitives) for k in range(width)] for primitives in edges.values()])
-            alpha = (1e-3 * torch.randn(absent.shape)).masked_fill(absent, 0)  # 0: what Adam and its decay leave alone
-            self.register_parameter(f"alpha_{cell_type}", nn.Parameter(alpha))  # (edges, operations)
-            self.register_buffer(f"absent_{cell_type}", absent, persistent=False)
+        self.weights = list(self.parameters())              # w of Eq. 2, listed once: a walk over thousands of modules
 
-    def alphas(self):
-        """The architecture parameters: one (edges, operations) matrix for normal cells, one for reduction cells."""
-        return [self.alpha_normal, self.alpha_reduce]
-
-    def weights(self):
-        """All parameters but the alphas."""
-        return [p for name, p in self.named_parameters() if not name.startswith("alpha_")]
-
-    def masked_alphas(self):
-        return {"normal": self.alpha_normal.masked_fill(self.absent_normal, float("-inf")),
-                "reduce": self.alpha_reduce.masked_fill(self.absent_reduce, float("-inf"))}
+        shape = {cell_type: (len(edges), len(edges[0, 2])) for cell_type, edges in space.items()}
+        self.alpha_normal = nn.Parameter(1e-3 * torch.randn(shape["normal"]))  # (edges, operations); 1e-3: DARTS
+        self.alpha_reduce = nn.Parameter(1e-3 * torch.randn(shape["reduce"]))  # (edges, operations)
+        self.alphas = [self.alpha_normal, self.alpha_reduce]
 
     @torch.no_grad()
     def betas(self):
         """{"normal" or "reduce": softmax(alpha), (edges, operations)}: what the derivation reads, root or no root."""
-        return {cell_type: F.softmax(alpha, dim=-1) for cell_type, alpha in self.masked_alphas().items()}
+        return {"normal": mixing_weights(self.alpha_normal), "reduce": mixing_weights(self.alpha_reduce)}
 
     def forward(self, x):
-        weights = {cell_type: dict(zip(self.space[cell_type], mixing_weights(alpha, self.sqrt_beta)))
-                   for cell_type, alpha in self.masked_alphas().items()}
+        beta = {"normal": mixing_weights(self.alpha_normal, self.sqrt_beta),
+                "reduce": mixing_weights(self.alpha_reduce, self.sqrt_beta)}
         s0 = s1 = self.stem(x)
         for cell_type, cell in zip(self.cell_types, self.cells):
-            s0, s1 = s1, cell(s0, s1, weights[cell_type])
+            s0, s1 = s1, cell(s0, s1, beta[cell_type])
         return self.classifier(s1.mean((2, 3)))
 
 
@@ -296,7 +263,7 @@ class Cell(nn.Module):
                 if self.training and drop_path_prob > 0 and not isinstance(op, nn.Identity):
                     x = drop_path(x, drop_path_prob)
                 inputs.append(x)
-            states.append(sum(inputs))
+            states.append(functools.reduce(torch.add, inputs))
         return torch.cat([states[i] for i in self.concat], dim=1)
 
 

@@ -9,11 +9,11 @@ The result is the last epoch's test error. The best epoch's is logged too, under
 Under torchrun --batch_size is that of all processes together, and batch norm sees its own process's share only, as in
 every published recipe. Protocols: quark0/darts f276dd3, cnn/{train,train_imagenet}.py; yuhuixu1993/PC-DARTS b74702f.
 """
+import functools
+import json
 import os
 import platform
 import shlex
-import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -26,152 +26,109 @@ from torch.nn.parallel import DistributedDataParallel
 from data import DATASETS, Batches, ImageNet, load, test_batches
 from genotypes import load as load_genotype, to_json
 from model import Network, count_macs, count_parameters
-from run import (Exit, Meter, Parser, Progress, Run, check_finite, clock, find_device, flags_of, hits, kept_settings,
-                 launcher, load_checkpoint, mix, number, precision, read_json, restore, resumable, start, summary,
-                 write_file, write_json, write_text)
+from run import LOOK_EVERY, Exit, Parser, Run, clock, find_device, keep_settings, load_checkpoint, make_seed, means, \
+    metrics, number, precision, save, save_text, start
 
-FLAGS = {  # flag: (kind, default, what it is); settings of the training are in PROTOCOLS
-    "dataset": (tuple(DATASETS), "cifar10", "data set"),
-    "data": (str, "data", "folder of the data sets; for imagenet and folder the one with train/ and val/"),
-    "image_size": (number(int, 8, 512), 32, "side of the images of --dataset folder, in pixels"),
-    "genotype": (str, None, "a genotype.json, or a name of `python genotypes.py`"),
-    "device": (str, None, "torch device; by default CUDA, else the CPU"),
-    "amp": (bool, False, "bfloat16 autocast and TF32: faster, other numbers"),
-    "workers": (number(int, 0), 4, "processes that read ImageNet, for each training process"),
-    "out": (str, None, "run folder; by default runs/retrain-DATASET-GENOTYPE"),
-}
-TRAINING = {  # flag: (kind, what it is); the defaults are in PROTOCOLS
-    "epochs": (number(int, 1), "epochs"),
-    "batch_size": (number(int, 2), "images of a step"),
-    "layers": (number(int, 3, 1000), "cells"),
-    "init_channels": (number(int, 2, 4096), "channels of the first cell"),
-    "lr_scheduler": (("cosine", "exponential", "linear"), "cosine to 0; x --gamma an epoch; or linear with warmup"),
-    "learning_rate": (number(float, 0), "SGD learning rate"),
-    "gamma": (number(float, 0, 1, above=True), "factor an epoch of --lr_scheduler exponential"),
-    "momentum": (number(float, 0, 1), "momentum"),
-    "weight_decay": (number(float, 0), "weight decay"),
-    "grad_clip": (number(float, 0, above=True), "largest 2-norm of the whole gradient"),
-    "label_smooth": (number(float, 0, 1), "label smoothing, in training"),
-    "auxiliary_weight": (number(float, 0), "weight of the auxiliary head's loss; 0: no head"),
-    "drop_path_prob": (number(float, 0, 0.99), "drop-path probability after the last epoch, linear from 0"),
-    "cutout_length": (number(int, 0), "side of the square cut out, in pixels; 0: none"),
-}
 CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36, "lr_scheduler": "cosine",
            "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9, "weight_decay": 3e-4, "grad_clip": 5.0,
            "label_smooth": 0.0, "auxiliary_weight": 0.4, "drop_path_prob": 0.2, "cutout_length": 16}
 IMAGENET = {**CIFAR10, "epochs": 250, "batch_size": 128, "layers": 14, "init_channels": 48,
             "lr_scheduler": "exponential", "learning_rate": 0.1, "weight_decay": 3e-5, "label_smooth": 0.1,
             "drop_path_prob": 0.0, "cutout_length": 0}
+ROBUST_DARTS = {**CIFAR10, "layers": 8, "init_channels": 16}
 PROTOCOLS = {
-    "cifar10": (CIFAR10, "DARTS, cnn/train.py; section 5.1"),
-    "cifar100": ({**CIFAR10, "layers": 8, "init_channels": 16}, "RobustDARTS; section 5.2 (8 cells)"),
-    "svhn": ({**CIFAR10, "layers": 8, "init_channels": 16}, "RobustDARTS; section 5.2 (8 cells)"),
-    "fashion_mnist": ({**CIFAR10, "auxiliary_weight": 0.0}, "ours: CIFAR-10's without the head, which needs 32x32"),
-    "digits": ({**CIFAR10, "epochs": 30, "layers": 8, "init_channels": 16, "auxiliary_weight": 0.0, "cutout_length": 2},
-               "ours"),
-    "folder": (CIFAR10, "ours: CIFAR-10's; auxiliary_weight 0 for --image_size other than 32"),
-    "imagenet": (IMAGENET, "DARTS, cnn/train_imagenet.py"),
-    "imagenet, --lr_scheduler linear": ({**IMAGENET, "batch_size": 1024, "learning_rate": 0.5, "lr_scheduler": "linear"},
-                                        "PC-DARTS, train_imagenet.py"),
+    "cifar10": CIFAR10,                                     # DARTS, cnn/train.py; section 5.1
+    "cifar100": ROBUST_DARTS,                               # RobustDARTS; section 5.2 (8 cells)
+    "svhn": ROBUST_DARTS,
+    "fashion_mnist": {**CIFAR10, "auxiliary_weight": 0.0},  # ours: CIFAR-10's without the head, which needs 32x32
+    "digits": {**CIFAR10, "epochs": 30, "layers": 8, "init_channels": 16, "auxiliary_weight": 0.0, "cutout_length": 2},
+    "folder": CIFAR10,                                      # ours
+    "imagenet": IMAGENET,                                   # DARTS, cnn/train_imagenet.py
+    "linear": {**IMAGENET, "batch_size": 1024, "learning_rate": 0.5, "lr_scheduler": "linear"},  # PC-DARTS
 }
+SOURCES = """sources: cifar10 is DARTS's cnn/train.py (section 5.1); cifar100 and svhn RobustDARTS's (section 5.2: 8 cells);
+fashion_mnist, digits and folder are ours, after CIFAR-10's; imagenet is DARTS's cnn/train_imagenet.py; linear is
+--dataset imagenet --lr_scheduler linear: PC-DARTS's train_imagenet.py. With --image_size, cutout_length shrinks or grows
+with the images, and auxiliary_weight is 0 unless the head fits them (32x32; imagenet: 224x224)."""
 
 
 # ---------------------------------------------------------------- schedules
 
-def make_scheduler(config, optimizer):
+def make_scheduler(args, optimizer):
     """The learning rate of each epoch. linear: PC-DARTS's, with five epochs of warmup for batches above 256."""
-    epochs, warm = config["epochs"], config["batch_size"] > 256
-    if config["lr_scheduler"] == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    if config["lr_scheduler"] == "exponential":
-        return torch.optim.lr_scheduler.ExponentialLR(optimizer, config["gamma"])
+    if args.lr_scheduler == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    if args.lr_scheduler == "exponential":
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, args.gamma)
 
-    def linear(e):
-        if warm and e < 5:
-            return (e + 1) / 5
-        return (epochs - 5 - e) / (epochs - 5) if e < epochs - 5 else (epochs - e) / (5 * (epochs - 5))
+    def linear(epoch):                                      # a fraction of --learning_rate
+        left = args.epochs - epoch
+        if args.batch_size > 256 and epoch < 5:
+            return (epoch + 1) / 5
+        if left > 5:
+            return (left - 5) / (args.epochs - 5)
+        return left / (5 * (args.epochs - 5))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, linear)
 
 
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------- several processes (torchrun)
 
-class Processes:
-    """This process among those of torchrun: rank 0 of 1 without it. In an epoch they share gradients; at its end metrics,
-    and rank 0's running statistics, so that every process tests the network that is saved."""
-
-    def __init__(self, device_name):
-        self.device = find_device(device_name)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.world > 1:
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    def wrap(self, net):
-        """Averages the gradients of all processes. static_graph: a genotype may have nodes that nothing uses."""
-        return DistributedDataParallel(net, static_graph=True, broadcast_buffers=False) if self.world > 1 else net
-
-    def in_turn(self, read):
-        """read() in one process of the machine, then in the others: it may download or unpack files."""
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        value = read() if first else None
-        if self.world > 1:
-            dist.barrier()
-        return value if first else read()
-
-    def total(self, values):
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
-
-    def same_buffers(self, net):
-        if self.world > 1:
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
-
-    def leave(self):
-        if self.world > 1:
-            dist.destroy_process_group()
+def join():
+    """(rank, world) of this process: (0, 1) without torchrun. Its processes exchange gradients, and errors by agree()."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return rank, world
 
 
-# ---------------------------------------------------------------- data
+def agree(error):
+    """Raises `error`. Of several processes all leave if any has an error; whoever has one says it, the same words once."""
+    if not dist.is_initialized():
+        if error:
+            raise error
+        return
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    said = [str(other) for other in errors[:dist.get_rank()] if other]
+    if error and str(error) not in said:
+        raise error
+    if any(errors):
+        raise Exit("", max(other.status for other in errors if other))
 
-def read_split(config, train, processes):
-    split = processes.in_turn(lambda: load(config["dataset"], config["data"], train, config["image_size"]))
-    return split.to(processes.device)
+
+def together(work):
+    """What work() returns in this process. If it raises Exit in any, all leave."""
+    result = error = None
+    try:
+        result = work()
+    except Exit as failure:
+        error = failure
+    agree(error)
+    return result
 
 
-def training_data(config, seed, processes):
-    """(batches, classes) of the training split; this process's share."""
-    place = {"rank": processes.rank, "world": processes.world}
-    if config["dataset"] == "imagenet":
-        train = ImageNet(config["data"], True, config["batch_size"], seed, processes.device, config["workers"], **place)
-        classes = train.classes
+# ---------------------------------------------------------------- data and network
+
+def read_data(args, train, device, layout, rank, world):
+    """The batches of the training split, or a function that goes once over the test split; this process's share.
+
+    Also the number of classes and the side of the images.
+    """
+    seed = make_seed(args.seed, "data")
+    if args.dataset == "imagenet":
+        data = ImageNet(args, train, seed, device, layout, rank, world)
+        return (data if train else lambda: data.epoch(0)), data.classes, data.size
+    split = load(args.dataset, args.data, train, args.image_size, args.limit).to(device, layout)
+    if train:
+        batches = Batches(split, args.batch_size, seed, args.cutout_length, rank, world)
     else:
-        split = read_split(config, True, processes)
-        train = Batches(split, config["batch_size"], seed, config["cutout_length"], **place)
-        classes = split.classes
-    if train.steps == 0:
-        raise Exit(f"--batch_size {config['batch_size']} or the data leave {processes.world} processes without a batch")
-    return train, classes
+        batches = functools.partial(test_batches, split, max(1, args.batch_size // world), rank, world)
+    return batches, split.classes, split.images.shape[1]
 
 
-def test_data(config, processes):
-    """(function that goes once over this process's share of the test split, side of its images in pixels)."""
-    place = processes.rank, processes.world
-    if config["dataset"] == "imagenet":
-        test = ImageNet(config["data"], False, config["batch_size"], 0, processes.device, config["workers"], *place)
-        return lambda: test.epoch(0), 224
-    split = read_split(config, False, processes)
-    return lambda: test_batches(split, config["batch_size"], *place), split.images.shape[1]
-
-
-# ---------------------------------------------------------------- training and testing
-
-def make_network(genotype, config, classes):
-    return Network(genotype, config["init_channels"], config["layers"], classes, config["auxiliary_weight"] > 0,
-                   config["dataset"] == "imagenet")
+def make_network(genotype, args, classes):
+    return Network(genotype, args.init_channels, args.layers, classes, args.auxiliary_weight > 0,
+                   args.dataset == "imagenet")
 
 
 def without_head(state):
@@ -179,155 +136,223 @@ def without_head(state):
     return {name: value for name, value in state.items() if not name.startswith("auxiliary_head")}
 
 
-def sizes(genotype, config, classes, side):
-    """(parameters, multiply-adds) of the network. Raises Exit if its auxiliary head does not fit the images."""
+def count(genotype, args, classes, side):
+    """Parameters and multiply-adds of the network. Raises Exit if its auxiliary head does not fit the images."""
     with torch.device("meta"):
-        net = make_network(genotype, config, classes)
+        net = make_network(genotype, args, classes)
         try:
             net(torch.zeros(2, 3, side, side))
         except ValueError as error:
             raise Exit(f"{error} (--auxiliary_weight 0)") from None
-        return count_parameters(net), count_macs(net, side)
+        return {"parameters": count_parameters(net), "macs": count_macs(net, side)}
 
 
-def train_step(net, optimizer, images, labels, config, autocast):
+# ---------------------------------------------------------------- training and testing
+
+def train_step(net, optimizer, images, labels, args, autocast):
     """One SGD step of loss + auxiliary_weight * auxiliary loss. Nothing here waits for the device."""
     with autocast():
         logits, logits_aux = net(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=config["label_smooth"])
-        total = loss
+        loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smooth)
         if logits_aux is not None:
-            total = loss + config["auxiliary_weight"] * F.cross_entropy(logits_aux, labels,
-                                                                        label_smoothing=config["label_smooth"])
+            loss = loss + args.auxiliary_weight * F.cross_entropy(logits_aux, labels, label_smoothing=args.label_smooth)
     optimizer.zero_grad()
-    total.backward()
-    torch.nn.utils.clip_grad_norm_(net.parameters(), config["grad_clip"])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
     optimizer.step()
-    return total, logits
+    return loss, logits
 
 
 @torch.no_grad()
-def evaluate(net, batches, device, processes, autocast):
-    """(loss, top-1, top-5 accuracy in percent) over the test split, every image of it once over all processes."""
+def evaluate(net, batches, device, autocast):
+    """The metrics of this process's share of the test split, summed."""
     net.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1 hits, top-5 hits, images
+    totals = torch.zeros(4, device=device)
     for images, labels in batches():
         with autocast():
             logits, _ = net(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack([loss, *hits(logits, labels), torch.full_like(loss, len(labels))])
-    return summary(processes.total(totals))
+            loss = F.cross_entropy(logits, labels)
+        totals += metrics(loss, logits, labels)
+    return totals
 
 
-def train(genotype, config, seed, run, processes):
-    """Trains one network to the last epoch; writes weights.pt and result.json, and returns the result."""
-    device, autocast = processes.device, precision(config["amp"], processes.device)
-    batches, classes = training_data(config, seed, processes)
-    test, side = test_data(config, processes)
-    parameters, macs = sizes(genotype, config, classes, side)
+def train(genotype, args, run, rank, world):
+    """Trains a network to the last epoch; writes weights.pt and result.json."""
+    device = together(lambda: find_device(args.device))
+    autocast, layout = precision(args.amp, device)
+    if world > 1 and args.dataset != "imagenet":            # one process of each machine may download and unpack first
+        together(lambda: os.environ["LOCAL_RANK"] == "0" and load(args.dataset, args.data, train=True))
+    batches, classes, side = together(lambda: read_data(args, True, device, layout, rank, world))
+    test, _, _ = together(lambda: read_data(args, False, device, layout, rank, world))
+    counts = together(lambda: count(genotype, args, classes, side))
 
-    torch.manual_seed(seed)
-    net = make_network(genotype, config, classes).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), config["learning_rate"], config["momentum"],
-                                weight_decay=config["weight_decay"])
-    scheduler = make_scheduler(config, optimizer)
-    parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler}
-    saved = run.load((*parts, "processes", "last", "best"))
-    if saved:
-        if saved["processes"] != processes.world:
-            raise Exit(f"{run.folder} is a run of {saved['processes']} processes, not {processes.world}: go on with as many")
-        restore(parts, saved, run.checkpoint)
-    last, best = (saved["last"], saved["best"]) if saved else (None, None)
-    model = processes.wrap(net)
+    torch.manual_seed(args.seed)
+    net = make_network(genotype, args, classes).to(device, memory_format=layout)
+    optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay)
+    scheduler = make_scheduler(args, optimizer)
+    saved = together(lambda: run.begin({"net": net, "optimizer": optimizer, "scheduler": scheduler}))
+    together(lambda: run.main and save_text(run.folder / "genotype.json", to_json(genotype)))
+    last, best = saved.get("last"), saved.get("best")
+    model = net
+    if world > 1:                                           # static_graph: a genotype may have nodes that nothing uses
+        model = DistributedDataParallel(net, static_graph=True, broadcast_buffers=False)
+    run.say(f"{args.genotype} on {args.dataset}: {counts['parameters']:,} parameters, {counts['macs'] / 1e6:.1f}M "
+            f"multiply-adds; {world} x {device.type}; seed {args.seed}; {run.folder}")
 
-    progress = Progress(config["epochs"], batches.steps, config["batch_size"], shown=processes.rank == 0)
-    progress.line(f"{config['genotype']} on {config['dataset']}: {parameters:,} parameters, {macs / 1e6:.1f}M multiply-adds; "
-                  f"{processes.world} x {device.type}; seed {seed}; {run.folder}")
-    for epoch in range(run.epoch, config["epochs"]):
+    for epoch in range(run.epoch, args.epochs):
         started, lr = time.time(), optimizer.param_groups[0]["lr"]
-        torch.manual_seed(mix(seed, 2, epoch, processes.rank))  # drop-path: a function of seed, epoch and rank alone
-        net.drop_path_prob = config["drop_path_prob"] * epoch / config["epochs"]
+        torch.manual_seed(make_seed(args.seed, "drop path", epoch, rank))
+        net.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         net.train()
-        meter = Meter(batches.steps, device)
+        totals = torch.zeros(4, device=device)
         for step, (images, labels) in enumerate(batches.epoch(epoch)):
-            loss, logits = train_step(model, optimizer, images, labels, config, autocast)
-            meter.add(step, loss, logits, labels)
-            progress.step(epoch, step, meter)
-        meter.loss_so_far(epoch, batches.steps - 1)
-        scheduler.step()
-        processes.same_buffers(net)
-        train_loss, train_acc, _ = summary(processes.total(meter.totals()))
-        test_loss, test_top1, test_top5 = evaluate(net, test, device, processes, autocast)
-        last = {"epoch": epoch, "error": 100 - test_top1, "error_top5": 100 - test_top5}
-        best = last if best is None or last["error"] < best["error"] else best
-        check_finite(epoch, (train_loss, test_loss), net)
+            loss, logits = train_step(model, optimizer, images, labels, args, autocast)
+            totals += metrics(loss, logits, labels)
+            run.step(step, batches.steps, totals)
+            if world == 1 or (step + 1) % LOOK_EVERY == 0:  # several processes leave at the same step
+                agree(run.reason_to_stop())
         seconds = time.time() - started
-        run.end_epoch({"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc, "test_loss": test_loss,
-                       "test_error": last["error"], "test_error_top5": last["error_top5"],
-                       "best on test (optimistic)": best["error"], "seconds": seconds},
-                      {**{name: part.state_dict() for name, part in parts.items()}, "best": best, "last": last,
-                       "processes": processes.world})
-        progress.line(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | test {test_loss:.3f} "
-                      f"error {last['error']:.2f}% | {clock(seconds)}")
-    return finish(config, seed, run, net, {"parameters": parameters, "macs": macs}, last, best, processes, progress)
+        scheduler.step()
+        if world > 1:                                       # rank 0's running statistics are tested and saved
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
+        test_totals = together(lambda: evaluate(net, test, device, autocast))
+        agree(run.reason_to_stop())
+        if world > 1:
+            dist.all_reduce(totals)
+            dist.all_reduce(test_totals)
+        (train_loss, train_acc, _), (test_loss, top1, top5) = means(totals), means(test_totals)
+        last = {"epoch": epoch, "error": 100 - top1, "error_top5": 100 - top5}
+        if best is None or last["error"] < best["error"]:
+            best = last
+        record = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc, "test_loss": test_loss,
+                  "test_error": last["error"], "test_error_top5": last["error_top5"],
+                  "best on test (optimistic)": best["error"], "images/s": totals[3].item() / seconds,
+                  "seconds": time.time() - started}
+        together(lambda: run.end_epoch(record, last=last, best=best))
+        run.say(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | test {test_loss:.3f} "
+                f"error {last['error']:.2f}% | {clock(record['seconds'])}")
+    together(lambda: finish(run, net, last, best, {**counts, **environment(device, world)}))
 
 
-def finish(config, seed, run, net, counted, last, best, processes, progress):
-    """Writes weights.pt, then result.json, which marks the run as finished; returns the result."""
-    result = {"test_error": last["error"], "test_error_top5": last["error_top5"], "epoch": last["epoch"],
-              "best on test (optimistic)": best["error"], "best_epoch": best["epoch"], **counted, "seed": seed,
-              **circumstances(config, processes)}
-    if processes.rank == 0:
+def environment(device, world):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    return {"device": name, "processes": world, "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__}
+
+
+def finish(run, net, last, best, facts):
+    """Writes weights.pt and then result.json, which marks the run as finished."""
+    if run.main:
         weights = {name: value.cpu().contiguous() for name, value in without_head(net.state_dict()).items()}
-        write_file(run.folder / "weights.pt", lambda file: torch.save(weights, file))
-        write_json(run.result, result)
-    progress.line(f"test error {last['error']:.2f}% after the last epoch (best on test (optimistic) {best['error']:.2f}%, "
-                  f"epoch {best['epoch']}); {run.folder / 'weights.pt'}")
-    return result
+        save(run.folder / "weights.pt", lambda file: torch.save(weights, file))
+        result = {"test_error": last["error"], "test_error_top5": last["error_top5"], "epoch": last["epoch"],
+                  "best on test (optimistic)": best["error"], "best_epoch": best["epoch"], "seed": run.args.seed, **facts}
+        save_text(run.result, json.dumps(result, indent=1))
+    run.say(f"test error {last['error']:.2f}% after the last epoch (best on test (optimistic) {best['error']:.2f}%, "
+            f"epoch {best['epoch']}); {run.folder / 'weights.pt'}")
 
 
-def circumstances(config, processes):
-    """Machine, versions, and the command line that starts this run again, every flag spelt out."""
-    device = processes.device
-    return {"processes": processes.world, "python": platform.python_version(), "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
-            "torchvision": torchvision.__version__, "command": f"{launcher()} retrain.py {shlex.join(flags_of(config))}"}
+def evaluate_file(path, args, rank, world):
+    """Prints the test error of a run's weights.pt or checkpoint.pt."""
+    def prepare_test():
+        state = load_checkpoint(path)
+        weights = state.get("net", state)                   # a checkpoint.pt has more than the network
+        try:
+            weights = without_head(weights)
+            args.auxiliary_weight = 0
+            net = make_network(read_genotype(path.parent / "genotype.json"), args, len(weights["classifier.bias"]))
+            net.load_state_dict(weights)
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise Exit(f"{path} holds no network of this run ({type(error).__name__})") from None
+        test, classes, _ = read_data(args, False, device, layout, rank, world)
+        if classes != net.classifier.out_features:
+            raise Exit(f"{path} knows {net.classifier.out_features} classes, and the test data have {classes}")
+        return net.to(device, memory_format=layout), test
+
+    device = together(lambda: find_device(args.device))
+    autocast, layout = precision(args.amp, device)
+    net, test = together(prepare_test)
+    totals = together(lambda: evaluate(net, test, device, autocast))
+    if world > 1:
+        dist.all_reduce(totals)
+    loss, top1, top5 = means(totals)
+    if rank == 0:
+        print(f"{path} on {args.dataset}: test error {100 - top1:.2f}% (top-5 {100 - top5:.2f}%), loss {loss:.4f}")
 
 
 # ---------------------------------------------------------------- the command
 
-def all_flags(given):
-    dataset = given.get("dataset", FLAGS["dataset"][1])
-    linear = dataset == "imagenet" and given.get("lr_scheduler") == "linear"
-    protocol, _ = PROTOCOLS["imagenet, --lr_scheduler linear" if linear else dataset]
-    config = {flag: default for flag, (_, default, _) in FLAGS.items()} | {"seeds": [0]} | protocol | given
-    if dataset == "folder" and config["image_size"] != 32 and "auxiliary_weight" not in given:
-        config["auxiliary_weight"] = 0.0                    # the head fits no other size
-    config["out"] = config["out"] or f"runs/retrain-{dataset}-{genotype_name(config['genotype'])}"
-    return config
-
-
-def genotype_name(genotype):
-    """A published name as it is; of runs/NAME/genotype.json, NAME."""
-    path = Path(genotype or "none")
-    return path.parent.name if path.name == "genotype.json" and path.parent.name else path.stem
-
-
 def make_parser():
-    names = list(PROTOCOLS)
-    heads = [name.split(", ")[-1].replace("--lr_scheduler ", "imagenet ") for name in names]
-    rows = ["defaults".ljust(17) + "".join(head.rjust(16) for head in heads)]
-    rows += [flag.ljust(17) + "".join(str(PROTOCOLS[name][0][flag]).rjust(16) for name in names) for flag in TRAINING]
-    sources = [f"  {head}: {PROTOCOLS[name][1]}" for head, name in zip(heads, names)]
-    parser = Parser(prog="retrain.py", description=__doc__, epilog="\n".join([*rows, "sources:", *sources]))
-    for flag, (kind, default, text) in FLAGS.items():
-        parser.setting(f"--{flag}", kind, text if default in (None, False) else f"{text} (default {default})")
-    for flag, (kind, text) in TRAINING.items():
-        parser.setting(f"--{flag}", kind, f"{text} (default: below)")
-    parser.add_argument("--seeds", nargs="+", type=number(int, 0), metavar="N", help="one run for each (default 0)")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted run; its flags are kept")
-    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="test a run's weights.pt or checkpoint.pt, and end")
+    rows = ["defaults".ljust(17) + "".join(name.rjust(14) for name in PROTOCOLS)]
+    rows += [flag.ljust(17) + "".join(str(protocol[flag]).rjust(14) for protocol in PROTOCOLS.values()) for flag in CIFAR10]
+    parser = Parser("retrain.py", description=__doc__, epilog="\n".join([*rows, SOURCES]))
+    add = parser.add_argument
+    add("--dataset", default="cifar10", choices=DATASETS, help="default %(default)s")
+    add("--data", default="data", help="folder of the data sets; for imagenet and folder the one with train/ and val/ "
+        "(default %(default)s)")
+    add("--image_size", type=number(int, 8, 512), help="resize the images to this side, in pixels (default: as they are; "
+        "32 for folder, crops of 224 for imagenet)")
+    add("--limit", type=number(int, 2), help="use the first LIMIT training images only (default: all)")
+    add("--genotype", help="a genotype.json, or a name of `python genotypes.py`")
+    add("--epochs", type=number(int, 1), help="default: below, as for all that follow up to --cutout_length")
+    add("--batch_size", type=number(int, 2), help="images in a step, all processes together")
+    add("--layers", type=number(int, 3, 1000), help="number of cells")
+    add("--init_channels", type=number(int, 2, 4096), help="channels of the first cell")
+    add("--lr_scheduler", choices=("cosine", "exponential", "linear"), help="cosine to 0; times --gamma each epoch; linear "
+        "to 0, with a warmup for batches above 256")
+    add("--learning_rate", type=number(float, 0), help="SGD learning rate")
+    add("--gamma", type=number(float, 0, 1, above=True), help="factor of --lr_scheduler exponential")
+    add("--momentum", type=number(float, 0, 1), help="SGD momentum")
+    add("--weight_decay", type=number(float, 0), help="SGD weight decay")
+    add("--grad_clip", type=number(float, 0, above=True), help="largest 2-norm of the whole gradient")
+    add("--label_smooth", type=number(float, 0, 1), help="label smoothing, in training")
+    add("--auxiliary_weight", type=number(float, 0), help="weight of the auxiliary head's loss; 0: no head")
+    add("--drop_path_prob", type=number(float, 0, 0.99), help="drop-path probability at the end, growing linearly from 0")
+    add("--cutout_length", type=number(int, 0), help="side of the square that is cut out, in pixels; 0: none")
+    add("--seed", type=number(int, 0), default=0, help="default %(default)s: DARTS")
+    add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
+    add("--amp", action="store_true", help="bfloat16 autocast and TF32: other numbers, and faster on GPUs that have bfloat16")
+    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet, for each training process "
+        "(default %(default)s: DARTS)")
+    add("--out", help="run folder (default runs/retrain-DATASET-GENOTYPE-SEED)")
+    add("--resume", metavar="FOLDER", help="go on with an interrupted run, with its settings")
+    add("--evaluate", metavar="FILE", help="test a run's weights.pt or checkpoint.pt, and end")
+    parser.set_defaults(**CIFAR10)
     return parser
+
+
+def protocol(args):
+    """The defaults of a data set's training, fitted to --image_size."""
+    linear = args.dataset == "imagenet" and args.lr_scheduler == "linear"
+    defaults = dict(PROTOCOLS["linear" if linear else args.dataset])
+    size = args.image_size or DATASETS[args.dataset].size
+    defaults["cutout_length"] = defaults["cutout_length"] * size // DATASETS[args.dataset].size
+    if size != (224 if args.dataset == "imagenet" else 32):  # the auxiliary head fits no other
+        defaults["auxiliary_weight"] = 0.0
+    return defaults
+
+
+def parse(arguments):
+    """The flags, checked against each other, with the run folder's name filled in."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.evaluate is not None and args.resume is not None:
+        raise Exit("--evaluate and --resume are two different things: give one")
+    if args.evaluate is not None:
+        return keep_settings(parser, Path(args.evaluate).parent, arguments)
+    if args.resume is not None:
+        return keep_settings(parser, Path(args.resume), arguments)
+    parser.set_defaults(**protocol(args))
+    args = parser.parse_args(arguments)
+    if args.genotype is None:
+        raise Exit("--genotype is needed: a genotype.json, or a name of `python genotypes.py`")
+    if args.lr_scheduler == "linear" and args.epochs < 6:
+        raise Exit("--lr_scheduler linear needs --epochs 6 or more: its last five are a phase of their own")
+    path = Path(args.genotype)                              # a published name as it is; of runs/NAME/genotype.json, NAME
+    name = path.parent.name if path.name == "genotype.json" and path.parent.name else path.stem
+    args.out = args.out or f"runs/retrain-{args.dataset}-{name}-{args.seed}"
+    return args
 
 
 def read_genotype(name_or_file):
@@ -337,85 +362,35 @@ def read_genotype(name_or_file):
         raise Exit(f"--genotype: {error}") from None
 
 
-def evaluate_checkpoint(path, config):
-    """Prints the test error of a run's weights.pt or checkpoint.pt."""
-    genotype = read_genotype(path.parent / "genotype.json")
-    processes = Processes(config["device"])
-    state = load_checkpoint(path)
-    weights = state.get("net", state)                       # a checkpoint.pt has more than the network
-    bias = weights.get("classifier.bias") if isinstance(weights, dict) else None
-    if not isinstance(bias, torch.Tensor) or bias.dim() != 1:
-        raise Exit(f"{path} holds no network of this program")
-    weights = without_head(weights)
-    net = make_network(genotype, {**config, "auxiliary_weight": 0}, len(bias))
-    restore({"net": net}, {"net": weights}, path)
-    net.to(processes.device, memory_format=torch.channels_last)
-    test, _ = test_data(config, processes)
-    loss, top1, top5 = evaluate(net, test, processes.device, processes, precision(config["amp"], processes.device))
-    if processes.rank == 0:
-        print(f"{path} on {config['dataset']}: test error {100 - top1:.2f}% (top-5 {100 - top5:.2f}%), loss {loss:.4f}")
-    processes.leave()
+def how_to_resume(args, world):
+    """In words: the command that goes on with this run."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world > here:
+        return f"the command that started it, --resume {shlex.quote(args.out)} in place of its flags, on every machine"
+    launcher = f"torchrun --nproc_per_node={here}" if world > 1 else "python"
+    return f"`{launcher} retrain.py --resume {shlex.quote(args.out)}`"
 
 
-def keep_genotype(run, genotype):
-    """Writes the genotype into the run folder: the weights are of no use without it."""
-    if run.writes:
-        write_text(run.folder / "genotype.json", to_json(genotype))
-
-
-def check(config):
-    if config["genotype"] is None:
-        raise Exit("--genotype is needed: a genotype.json, or a name of `python genotypes.py`")
-    if len(set(config["seeds"])) < len(config["seeds"]):
-        raise Exit(f"--seeds {' '.join(map(str, config['seeds']))}: each once")
-    if config["lr_scheduler"] == "linear" and config["epochs"] < 6:
-        raise Exit("--lr_scheduler linear needs --epochs 6 or more: its last five are a phase of their own")
-    if config["batch_size"] < 2 * int(os.environ.get("WORLD_SIZE", 1)):
-        raise Exit(f"--batch_size {config['batch_size']} is that of all processes: each needs two images of it")
+def prepare_run(args, rank, world):
+    """(genotype, Run): what can be wrong about them is known before any data are read."""
+    if args.resume is None:
+        args.processes = world                              # kept in config.json: a resumed run needs as many
+    elif args.processes != world:
+        raise Exit(f"{args.out} is a run of {args.processes} processes, not {world}: go on with as many")
+    if args.batch_size < 2 * world:
+        raise Exit(f"--batch_size {args.batch_size} is that of all {world} processes: each needs two images of it")
+    kept = Path(args.out) / "genotype.json"
+    genotype = read_genotype(kept if args.resume is not None else args.genotype)
+    return genotype, Run("retrain.py", args, "result.json", how_to_resume(args, world), main=rank == 0)
 
 
 def main(arguments):
-    given = vars(make_parser().parse_args(arguments))
-    checkpoint, folder = given.pop("evaluate", None), given.pop("resume", None)
-    if checkpoint is not None and folder is not None:
-        raise Exit("--evaluate and --resume are two different things: give one")
-    if checkpoint is not None:
-        checkpoint = Path(checkpoint)
-        return evaluate_checkpoint(checkpoint, kept_settings(make_parser(), checkpoint.parent, given, all_flags))
-    config = all_flags(given) if folder is None else kept_settings(make_parser(), Path(folder), given, all_flags)
-    check(config)
-    kept = Path(config["out"]) / "genotype.json"
-    genotype = read_genotype(kept if folder is not None and kept.exists() else config["genotype"])
-    processes = Processes(config["device"])
-    run = Run("retrain.py", config, "result.json", folder is not None, writes=processes.rank == 0)
-    keep_genotype(run, genotype)
-    if len(config["seeds"]) == 1:
-        with resumable(run):
-            train(genotype, config, config["seeds"][0], run, processes)
-    else:
-        train_seeds(genotype, config, run, processes, resumed=folder is not None)
-    processes.leave()
-
-
-def train_seeds(genotype, config, run, processes, resumed):
-    """One run folder for each seed inside that of the command; result.json has every run, the mean and the deviation."""
-    results = []
-    for seed in config["seeds"]:
-        own = {**config, "seeds": [seed], "out": f"{config['out']}/seed-{seed}"}
-        if resumed and (Path(own["out"]) / run.result.name).exists():
-            results.append(read_json(Path(own["out"]) / run.result.name))
-            continue
-        seed_run = Run("retrain.py", own, run.result.name, resumed, writes=processes.rank == 0)
-        seed_run.resume_command = run.resume_command
-        keep_genotype(seed_run, genotype)
-        with resumable(seed_run):
-            results.append(train(genotype, own, seed, seed_run, processes))
-    errors = [result["test_error"] for result in results]
-    mean, deviation = statistics.mean(errors), statistics.stdev(errors)
-    if processes.rank == 0:
-        write_json(run.result, {"mean_test_error": mean, "std_test_error (sample)": deviation, "runs": results})
-        print(f"test error {mean:.2f} +- {deviation:.2f}% over seeds {config['seeds']}: "
-              f"{', '.join(f'{error:.2f}' for error in errors)}; {run.result}")
+    rank, world = join()
+    args = together(lambda: parse(arguments))
+    if args.evaluate is not None:
+        return evaluate_file(Path(args.evaluate), args, rank, world)
+    genotype, run = together(lambda: prepare_run(args, rank, world))
+    train(genotype, args, run, rank, world)
 
 
 if __name__ == "__main__":

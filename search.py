@@ -15,42 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from data import DATASETS, Batches, load
-from genotypes import SPACES, Genotype, describe, to_json
+from genotypes import SPACES, Genotype, darts_notation, describe, to_json
 from larc import LARC
 from model import SuperNet
-from run import (Exit, Meter, Parser, Progress, Run, check_finite, clock, find_device, kept_settings, mix, number,
-                 precision, restore, resumable, start, summary, write_text)
-
-# flag: (kind, default, what it is, where the default comes from)
-FLAGS = {
-    "dataset": (tuple(name for name in DATASETS if name != "imagenet"), "cifar10", "data set", "section 5.1"),
-    "data": (str, "data", "folder of the data sets", "ours"),
-    "image_size": (number(int, 8, 512), 32, "side of the images of --dataset folder, in pixels", "ours"),
-    "space": (tuple(SPACES), "darts", "search space", "sections 5.1 and 5.2"),
-    "node_norm": (bool, False, "normalize every intermediate node, Eq. 3", "section 4.1"),
-    "larc": (bool, False, "a learning rate per tensor", "section 4.2"),
-    "sqrt_beta": (bool, False, "weigh operations by sqrt(beta), Eq. 6", "section 4.3"),
-    "larc_trust": (number(float, 0, above=True), 1.0, "trust coefficient of --larc", "section 4.2 has none"),
-    "larc_clip": (bool, False, "clip form of --larc: never above the global rate",
-                  "apex, with --larc_trust 0.02: the release"),
-    "batch_size": (number(int, 2), 64, "images of each of a step's two batches", "DARTS; the release: 96"),
-    "learning_rate": (number(float, 0), 0.025, "weights: SGD learning rate of the first epoch", "DARTS"),
-    "learning_rate_min": (number(float, 0), 0.001, "weights: where its cosine ends", "DARTS"),
-    "momentum": (number(float, 0, 1), 0.9, "weights: momentum", "DARTS"),
-    "weight_decay": (number(float, 0), 5e-3, "weights: weight decay", "section 3 (DARTS-L2); DARTS: 3e-4"),
-    "grad_clip": (number(float, 0, above=True), 5.0, "weights: largest 2-norm of the whole gradient", "DARTS"),
-    "arch_learning_rate": (number(float, 0), 3e-4, "alpha: Adam learning rate", "DARTS"),
-    "arch_weight_decay": (number(float, 0), 1e-3, "alpha: weight decay", "DARTS"),
-    "epochs": (number(int, 1), 50, "epochs", "DARTS"),
-    "init_channels": (number(int, 1, 4096), 16, "channels of the first cell", "DARTS"),
-    "layers": (number(int, 3, 1000), 8, "cells", "DARTS"),
-    "stem_multiplier": (number(int, 1, 64), 3, "channels of the stem, in units of --init_channels", "DARTS; the release: 1"),
-    "train_portion": (number(float, 0, 1, above=True), 0.5, "part of the training split for the weights", "DARTS"),
-    "seed": (number(int, 0), 2, "seed", "DARTS"),
-    "device": (str, None, "torch device; by default CUDA, else the CPU", "ours"),
-    "amp": (bool, False, "bfloat16 autocast and TF32: faster, other numbers", "ours"),
-    "out": (str, None, "run folder; by default runs/DATASET-SPACE-SWITCHES-SEED", "ours"),
-}
+from run import Exit, Parser, Run, clock, find_device, keep_settings, make_seed, means, metrics, number, precision, \
+    save_text, start
 
 
 # ---------------------------------------------------------------- derivation (section 2.2)
@@ -76,15 +45,6 @@ def derive(space, betas):
 
 # ---------------------------------------------------------------- one step (Eq. 2)
 
-def only(trained, frozen):
-    """Gradients for `trained` alone: the backward pass then skips what `frozen` would have cost."""
-    for p in frozen:
-        p.requires_grad_(False)
-        p.grad = None
-    for p in trained:
-        p.requires_grad_(True)
-
-
 def loss_of(net, images, labels, autocast):
     with autocast():
         logits = net(images)
@@ -92,122 +52,106 @@ def loss_of(net, images, labels, autocast):
 
 
 def alpha_step(net, optimizer, images, labels, autocast):
-    """min over alpha of L_valid(w, alpha), Eq. 2 in first order: at today's w."""
-    only(net.alphas(), net.weights())
+    """min over alpha of L_val(w, alpha), Eq. 2 in first order: at the present w."""
     loss, logits = loss_of(net, images, labels, autocast)
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward(inputs=net.alphas)
     optimizer.step()
     return loss, logits
 
 
 def weight_step(net, optimizer, images, labels, autocast, grad_clip):
     """min over w of L_train(w, alpha), the constraint of Eq. 2."""
-    weights = net.weights()
-    only(weights, net.alphas())
     loss, logits = loss_of(net, images, labels, autocast)
     optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(weights, grad_clip)
+    loss.backward(inputs=net.weights)
+    torch.nn.utils.clip_grad_norm_(net.weights, grad_clip)
     optimizer.step()
     return loss, logits
 
 
 # ---------------------------------------------------------------- the loop
 
-def halves(config, device):
-    """(batches for w, batches for alpha, classes): the training split's first part and the rest; never the test split."""
-    data = load(config["dataset"], config["data"], train=True, image_size=config["image_size"])
-    split = int(config["train_portion"] * len(data.labels))
-    if min(split, len(data.labels) - split) < 2:
-        raise Exit(f"--train_portion {config['train_portion']} of {len(data.labels)} images leaves a part without any two")
-    data = data.to(device)
-    return *(Batches(part, config["batch_size"], mix(config["seed"], k))
-             for k, part in enumerate((data.part(0, split), data.part(split, None)))), data.classes
+def read_halves(args, device, layout):
+    """The training split's first part, for w, and the rest, for alpha. The test split is never read."""
+    split = load(args.dataset, args.data, True, args.image_size, args.limit).to(device, layout)
+    cut = int(args.train_portion * len(split.labels))
+    if min(cut, len(split.labels) - cut) < 2:
+        raise Exit(f"--train_portion {args.train_portion} of {len(split.labels)} images leaves a part without any two")
+    return split.part(0, cut), split.part(cut, None)
 
 
-def make_optimizers(net, config):
+def make_optimizers(net, args):
     """(optimizer of w, optimizer of alpha, schedule of the first): SGD or LARC, Adam, and a cosine over the epochs."""
-    sgd = {"lr": config["learning_rate"], "momentum": config["momentum"], "weight_decay": config["weight_decay"]}
-    if config["larc"]:
-        w_optimizer = LARC(net.weights(), **sgd, trust_coefficient=config["larc_trust"], clip=config["larc_clip"])
+    sgd = {"lr": args.learning_rate, "momentum": args.momentum, "weight_decay": args.weight_decay}
+    if args.larc:
+        w_optimizer = LARC(net.weights, **sgd, trust_coefficient=args.larc_trust, clip=args.larc_clip)
     else:
-        w_optimizer = torch.optim.SGD(net.weights(), **sgd)
-    alpha_optimizer = torch.optim.Adam(net.alphas(), lr=config["arch_learning_rate"], betas=(0.5, 0.999),
-                                       weight_decay=config["arch_weight_decay"])
-    return w_optimizer, alpha_optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(
-        w_optimizer, config["epochs"], config["learning_rate_min"])
+        w_optimizer = torch.optim.SGD(net.weights, **sgd)
+    alpha_optimizer = torch.optim.Adam(net.alphas, args.arch_learning_rate, betas=(0.5, 0.999),
+                                       weight_decay=args.arch_weight_decay)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(w_optimizer, args.epochs, args.learning_rate_min)
+    return w_optimizer, alpha_optimizer, scheduler
 
 
-def search(config, run):
-    """The whole search, from the last checkpoint if there is one. Returns the trained super-network and its Progress."""
-    device = find_device(config["device"])
-    train, valid, classes = halves(config, device)
-    torch.manual_seed(config["seed"])
-    net = SuperNet(SPACES[config["space"]], config["init_channels"], config["layers"], classes,
-                   config["node_norm"], config["sqrt_beta"], config["stem_multiplier"])
-    net = net.to(device, memory_format=torch.channels_last)
-    w_optimizer, alpha_optimizer, scheduler = make_optimizers(net, config)
-    parts = {"net": net, "w_optimizer": w_optimizer, "alpha_optimizer": alpha_optimizer, "scheduler": scheduler}
-    saved = run.load(parts)
-    if saved:
-        restore(parts, saved, run.checkpoint)
+def search(args, run):
+    """The whole search, or the rest of a resumed one. Returns the trained super-network."""
+    device = find_device(args.device)
+    autocast, layout = precision(args.amp, device)
+    w_half, alpha_half = read_halves(args, device, layout)
+    train = Batches(w_half, args.batch_size, make_seed(args.seed, "w"))
+    valid = Batches(alpha_half, args.batch_size, make_seed(args.seed, "alpha"))
+    held_out = Batches(alpha_half, args.batch_size, make_seed(args.seed, "validation"))
 
-    autocast = precision(config["amp"], device)
-    progress = Progress(config["epochs"], train.steps, 2 * config["batch_size"])
-    progress.line(f"{config['dataset']}: {len(train.split.labels)} images for w, {len(valid.split.labels)} for alpha; "
-                  f"{sum(p.numel() for p in net.weights()):,} weights; {device}; {run.folder}")
-    for epoch in range(run.epoch, config["epochs"]):
+    torch.manual_seed(args.seed)
+    net = SuperNet(SPACES[args.space], args.init_channels, args.layers, w_half.classes, args.node_norm, args.sqrt_beta,
+                   args.stem_multiplier).to(device, memory_format=layout)
+    w_optimizer, alpha_optimizer, scheduler = make_optimizers(net, args)
+    run.begin({"net": net, "w_optimizer": w_optimizer, "alpha_optimizer": alpha_optimizer, "scheduler": scheduler})
+    run.say(f"{args.dataset}: {len(w_half.labels)} images for w, {len(alpha_half.labels)} for alpha; "
+            f"{sum(p.numel() for p in net.weights):,} weights; {device}; {run.folder}")
+
+    for epoch in range(run.epoch, args.epochs):
         started, lr = time.time(), w_optimizer.param_groups[0]["lr"]
-        torch.manual_seed(mix(config["seed"], 2, epoch))    # S4's noise: a function of seed and epoch alone
+        torch.manual_seed(make_seed(args.seed, "noise", epoch))  # S4's: a function of seed and epoch alone
         net.train()
-        meter = Meter(train.steps, device)
+        totals = torch.zeros(4, device=device)
         valid_batches = valid.range(epoch * train.steps, (epoch + 1) * train.steps)
         for step, (train_batch, valid_batch) in enumerate(zip(train.epoch(epoch), valid_batches)):
-            alpha_loss, _ = alpha_step(net, alpha_optimizer, *valid_batch, autocast)
-            loss, logits = weight_step(net, w_optimizer, *train_batch, autocast, config["grad_clip"])
-            meter.add(step, loss + 0 * alpha_loss.detach(), logits, train_batch[1])  # not finite if either is not
-            progress.step(epoch, step, meter)
-        meter.loss_so_far(epoch, train.steps - 1)
+            alpha_step(net, alpha_optimizer, *valid_batch, autocast)
+            loss, logits = weight_step(net, w_optimizer, *train_batch, autocast, args.grad_clip)
+            totals += metrics(loss, logits, train_batch[1])
+            run.step(step, train.steps, totals)
+            run.look()
+        seconds = time.time() - started
         scheduler.step()
-        record = {"epoch": epoch, "lr": lr, **state_of(net, meter, evaluate(net, valid, epoch, autocast)),
-                  "seconds": time.time() - started}
-        check_finite(epoch, (record["train_loss"], record["valid_loss"]), net)
-        run.end_epoch(record, {name: part.state_dict() for name, part in parts.items()})
-        progress.line(epoch_line(record))
-    return net, progress
+        record = {"epoch": epoch, "lr": lr, **describe_epoch(net, totals, evaluate(net, held_out, epoch, autocast, run)),
+                  "images/s": 2 * totals[3].item() / seconds, "seconds": time.time() - started}
+        run.end_epoch(record)
+        run.say(epoch_line(record))
+    return net
 
 
 @torch.no_grad()
-def evaluate(net, batches, epoch, autocast):
-    """Loss and accuracy on the half for alpha, augmented as DARTS does, in eval mode (running statistics)."""
+def evaluate(net, batches, epoch, autocast, run):
+    """The metrics of the half for alpha, augmented as DARTS does, in eval mode (running statistics), summed."""
     net.eval()
-    meter = Meter(batches.steps, batches.split.labels.device)
-    for step, (images, labels) in enumerate(batches.epoch(epoch)):
-        with autocast():
-            logits = net(images)
-            meter.add(step, F.cross_entropy(logits, labels), logits, labels)
-    return meter
+    totals = torch.zeros(4, device=batches.split.labels.device)
+    for images, labels in batches.epoch(epoch):
+        loss, logits = loss_of(net, images, labels, autocast)
+        totals += metrics(loss, logits, labels)
+        run.look()
+    return totals
 
 
-def state_of(net, train, valid):
-    """What log.jsonl keeps of an epoch beside its number, learning rate and duration. train, valid: Meters."""
-    (train_loss, train_acc, _), (valid_loss, valid_acc, _) = summary(train.totals()), summary(valid.totals())
+def describe_epoch(net, train_totals, valid_totals):
+    """What log.jsonl keeps of an epoch beside its number, learning rate and duration."""
+    (train_loss, train_acc, _), (valid_loss, valid_acc, _) = means(train_totals), means(valid_totals)
     betas = net.betas()
     return {"train_loss": train_loss, "train_acc": train_acc, "valid_loss": valid_loss, "valid_acc": valid_acc,
             "beta_none": mean_beta(net.space, betas, "none"), "beta_skip": mean_beta(net.space, betas, "skip_connect"),
             "genotype": derive(net.space, betas)._asdict(),
             "alpha_normal": net.alpha_normal.tolist(), "alpha_reduce": net.alpha_reduce.tolist()}
-
-
-def epoch_line(record):
-    cell = [name for kind in ("normal", "reduce") for node in record["genotype"][kind] for name, _ in node]
-    counts = " ".join(f"{cell.count(name)} {name}" for name in sorted(set(cell)))
-    betas = ", ".join(f"{key.replace('_', ' ')} {record[key]:.4f}" for key in ("beta_none", "beta_skip")
-                      if record[key] is not None)
-    return (f"epoch {record['epoch']} lr {record['lr']:.6f} | train {record['train_loss']:.3f} {record['train_acc']:.1f}% | "
-            f"valid {record['valid_loss']:.3f} {record['valid_acc']:.1f}% | {betas or 'no beta'} | {counts} | "
-            f"{clock(record['seconds'])}")
 
 
 def mean_beta(space, betas, primitive):
@@ -217,43 +161,94 @@ def mean_beta(space, betas, primitive):
     return sum(values) / len(values) if values else None
 
 
+def epoch_line(record):
+    chosen = [name for cell in ("normal", "reduce") for node in record["genotype"][cell] for name, _ in node]
+    counts = ", ".join(f"{chosen.count(name)} {name}" for name in sorted(set(chosen)))
+    betas = [f"{key.replace('_', ' ')} {record[key]:.4f}" for key in ("beta_none", "beta_skip") if record[key] is not None]
+    return " | ".join([f"epoch {record['epoch']} lr {record['lr']:.6f}",
+                       f"train {record['train_loss']:.3f} {record['train_acc']:.1f}%",
+                       f"valid {record['valid_loss']:.3f} {record['valid_acc']:.1f}%",
+                       *betas, counts, clock(record["seconds"])])
+
+
 # ---------------------------------------------------------------- the command
 
-def all_flags(given):
-    config = {flag: default for flag, (_, default, _, _) in FLAGS.items()} | given
-    switches = "+".join(flag for flag in ("node_norm", "larc", "sqrt_beta") if config[flag]) or "darts_l2"
-    config["out"] = config["out"] or f"runs/{config['dataset']}-{config['space']}-{switches}-{config['seed']}"
-    return config
-
-
 def make_parser():
-    parser = Parser(prog="search.py", description=__doc__)
-    for flag, (kind, default, text, source) in FLAGS.items():
-        shown = {None: "", False: ""}.get(default, f"default {default}; ")
-        parser.setting(f"--{flag}", kind, f"{text} ({shown}{source})")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted run; its flags are kept")
+    parser = Parser("search.py", description=__doc__)
+    add = parser.add_argument
+    add("--dataset", default="cifar10", choices=[name for name in DATASETS if name != "imagenet"],
+        help="default %(default)s: section 5.1")
+    add("--data", default="data", help="folder of the data sets (default %(default)s)")
+    add("--image_size", type=number(int, 8, 512), help="resize the images to this side, in pixels (default: as they are; "
+        "32 for --dataset folder)")
+    add("--limit", type=number(int, 4), help="use the first LIMIT training images only (default: all)")
+    add("--space", default="darts", choices=SPACES, help="search space (default %(default)s: section 5.1; s1-s4: section 5.2)")
+    add("--node_norm", action="store_true", help="normalize every intermediate node, Eq. 3 (section 4.1)")
+    add("--larc", action="store_true", help="a learning rate for each tensor (section 4.2)")
+    add("--sqrt_beta", action="store_true", help="weigh operations by the root of beta, Eq. 6 (section 4.3)")
+    add("--larc_trust", type=number(float, 0, above=True), default=1.0,
+        help="trust coefficient of --larc (default %(default)s: section 4.2 has none; see the README's table)")
+    add("--larc_clip", action="store_true", help="clip form of --larc, never above the global rate (with --larc_trust 0.02: "
+        "apex, and so the authors' release)")
+    add("--batch_size", type=number(int, 2), default=64, help="images in each of a step's two batches (default %(default)s: "
+        "DARTS; the release: 96)")
+    add("--learning_rate", type=number(float, 0), default=0.025, help="SGD rate of the first epoch (default %(default)s: DARTS)")
+    add("--learning_rate_min", type=number(float, 0), default=0.001, help="where its cosine ends (default %(default)s: DARTS)")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum (default %(default)s: DARTS)")
+    add("--weight_decay", type=number(float, 0), default=5e-3,
+        help="SGD weight decay (default %(default)s: section 3, DARTS-L2; DARTS: 3e-4)")
+    add("--grad_clip", type=number(float, 0, above=True), default=5.0,
+        help="largest 2-norm of the gradient of all weights (default %(default)s: DARTS)")
+    add("--arch_learning_rate", type=number(float, 0), default=3e-4, help="Adam rate of alpha (default %(default)s: DARTS)")
+    add("--arch_weight_decay", type=number(float, 0), default=1e-3, help="weight decay of alpha (default %(default)s: DARTS)")
+    add("--epochs", type=number(int, 1), default=50, help="default %(default)s: DARTS")
+    add("--init_channels", type=number(int, 1, 4096), default=16, help="channels of the first cell (default %(default)s: DARTS)")
+    add("--layers", type=number(int, 3, 1000), default=8, help="number of cells (default %(default)s: DARTS)")
+    add("--stem_multiplier", type=number(int, 1, 64), default=3,
+        help="channels of the stem, in units of --init_channels (default %(default)s: DARTS; the release: 1)")
+    add("--train_portion", type=number(float, 0, 1, above=True), default=0.5,
+        help="part of the training split that trains w; the rest trains alpha (default %(default)s: DARTS)")
+    add("--seed", type=number(int, 0), default=2, help="default %(default)s: DARTS")
+    add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
+    add("--amp", action="store_true", help="bfloat16 autocast and TF32: other numbers, and faster on GPUs that have bfloat16")
+    add("--out", help="run folder (default runs/DATASET-SPACE-SWITCHES-SEED)")
+    add("--resume", metavar="FOLDER", help="go on with an interrupted run, with its settings")
     return parser
 
 
-def main(arguments):
-    parser = make_parser()
-    given = vars(parser.parse_args(arguments))
-    folder = given.pop("resume", None)
-    config = all_flags(given) if folder is None else kept_settings(parser, Path(folder), given, all_flags)
-    if config["learning_rate_min"] > config["learning_rate"]:
-        raise Exit(f"--learning_rate_min {config['learning_rate_min']} is above --learning_rate {config['learning_rate']}")
-    if config["sqrt_beta"] and not config["node_norm"]:
+def parse(arguments):
+    """The flags, checked against each other, with the run folder's name filled in."""
+    args = make_parser().parse_args(arguments)
+    if args.resume is not None:
+        args = keep_settings(make_parser(), Path(args.resume), arguments)
+    switches = [flag for flag in ("node_norm", "larc", "sqrt_beta") if getattr(args, flag)]
+    args.out = args.out or f"runs/{args.dataset}-{args.space}-{'+'.join(switches) or 'darts_l2'}-{args.seed}"
+    if args.learning_rate_min > args.learning_rate:
+        raise Exit(f"--learning_rate_min {args.learning_rate_min} is above --learning_rate {args.learning_rate}")
+    if args.sqrt_beta and not args.node_norm:
         print("search.py: warning: --sqrt_beta without --node_norm lets node variances grow with depth (about 2, 6, 15 "
               "and 32 at the four nodes of the first cell, against 1 each with it)", file=sys.stderr)
-    run = Run("search.py", config, "genotype.json", resumed=folder is not None)
-    with resumable(run):
-        net, progress = search(config, run)
-        genotype = derive(net.space, net.betas())
-        write_text(run.result, to_json(genotype))
-    data = "" if config["data"] == "data" else f" --data {shlex.quote(config['data'])}"
-    size = "" if config["dataset"] != "folder" else f" --image_size {config['image_size']}"
-    progress.line(f"{run.result}\n{describe(genotype)}\n"
-                  f"python retrain.py --genotype {shlex.quote(str(run.result))} --dataset {config['dataset']}{data}{size}")
+    return args
+
+
+def retrain_command(args, genotype):
+    words = ["python", "retrain.py", "--genotype", str(genotype), "--dataset", args.dataset]
+    if args.data != "data":
+        words += ["--data", args.data]
+    if args.image_size is not None:
+        words += ["--image_size", str(args.image_size)]
+    return shlex.join(words)
+
+
+def main(arguments):
+    args = parse(arguments)
+    command = shlex.join(["python", "search.py", "--resume", args.out])
+    run = Run("search.py", args, "genotype.json", f"`{command}`")
+    net = search(args, run)
+    genotype = derive(net.space, net.betas())
+    save_text(run.result, to_json(genotype))
+    run.say(f"{run.result}\n{describe(genotype)}\n  in DARTS's notation, for a fork's genotypes.py:\n{darts_notation(genotype)}\n"
+            f"{retrain_command(args, run.result)}")
 
 
 if __name__ == "__main__":

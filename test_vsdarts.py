@@ -8,12 +8,14 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,8 +33,8 @@ import run
 import search
 from genotypes import EDGES, PUBLISHED, SPACES, Genotype
 from larc import LARC
-from model import (OPS, AfterReLU, AuxiliaryHead, Cell, FactorizedReduce, MixedOp, Network, SearchCell, SuperNet,
-                   count_macs, count_parameters, drop_path, mixing_weights)
+from model import (OPS, AuxiliaryHead, Cell, FactorizedReduce, MixedOp, Network, ReLUFirst, SearchCell, SuperNet, count_macs,
+                   count_parameters, drop_path, mixing_weights)
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -45,6 +47,22 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("no network")
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+@pytest.fixture(autouse=True)
+def no_reason_to_stop(monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(run, "stop", None)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def no_autocast():
@@ -103,8 +121,8 @@ def slow_supernet(p, space, layers, node_norm, sqrt_beta, x):
         kind, cell = ("reduce" if reduction else "normal"), f"cells.{layer}"
         beta = torch.exp(p[f"alpha_{kind}"]) / torch.exp(p[f"alpha_{kind}"]).sum(1, keepdim=True)
         states = [slow_reduce(p, f"{cell}.preprocess0", s0) if reduced_before else
-                  slow_norm(F.conv2d(F.relu(s0), p[f"{cell}.preprocess0.body.1.weight"])),
-                  slow_norm(F.conv2d(F.relu(s1), p[f"{cell}.preprocess1.body.1.weight"]))]
+                  slow_norm(F.conv2d(F.relu(s0), p[f"{cell}.preprocess0.body.0.weight"])),
+                  slow_norm(F.conv2d(F.relu(s1), p[f"{cell}.preprocess1.body.0.weight"]))]
         offset = 0
         for j in range(2, 6):
             total = 0
@@ -128,7 +146,7 @@ def slow_supernet(p, space, layers, node_norm, sqrt_beta, x):
 def test_supernet_equals_slow_darts(float64, node_norm, sqrt_beta, space):
     torch.manual_seed(0)
     net = SuperNet(SPACES[space], 2, 4, 10, node_norm, sqrt_beta)
-    for alpha in net.alphas():
+    for alpha in net.alphas:
         alpha.data.normal_()
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     leaves = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
@@ -141,35 +159,16 @@ def test_supernet_equals_slow_darts(float64, node_norm, sqrt_beta, space):
         torch.testing.assert_close(p.grad, leaves[name].grad, rtol=0, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_sharing_per_node_equals_every_edge_alone(float64, stride):
-    torch.manual_seed(0)
-    edges = {(0, 2): genotypes.DARTS_PRIMITIVES, (0, 3): genotypes.DARTS_PRIMITIVES}
-    cell = SearchCell(edges, 4, 4, 4, stride == 2, False, node_norm=False)
-    x, weights = torch.randn(2, 4, 8, 8), {edge: torch.rand(8, requires_grad=True) for edge in edges}
-    got = cell(x, x, weights)
-    nodes = []
-    for (i, j), primitives in edges.items():
-        alone = MixedOp(4, stride, primitives)
-        alone.load_state_dict(cell.edges[f"{i}->{j}"].state_dict(), strict=False)       # all but the shared pools' statistics
-        nodes.append(alone(cell.preprocess0(x), weights[i, j]))
-    expected = torch.cat(nodes, 1)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    inputs = [*weights.values(), cell.preprocess0.body[1].weight]
-    for a, b in zip(torch.autograd.grad(got.square().sum(), inputs), torch.autograd.grad(expected.square().sum(), inputs)):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 def test_supernet_parameter_counts():
-    counts = {name: sum(p.numel() for p in SuperNet(space).weights()) for name, space in SPACES.items()}
+    counts = {name: sum(p.numel() for p in SuperNet(space).weights) for name, space in SPACES.items()}
     assert counts == {"darts": 1930618, "s1": 405146, "s2": 665466, "s3": 665466, "s4": 624506}
-    assert sum(p.numel() for p in SuperNet(SPACES["darts"], stem_multiplier=1).weights()) == 1928154
-    assert sum(p.numel() for p in SuperNet(SPACES["s3"], num_classes=100).weights()) == 665466 + 23130
+    assert sum(p.numel() for p in SuperNet(SPACES["darts"], stem_multiplier=1).weights) == 1928154
+    assert sum(p.numel() for p in SuperNet(SPACES["s3"], num_classes=100).weights) == 665466 + 23130
 
 
 def test_alphas_and_weights_share_out_all_parameters():
     net = SuperNet(SPACES["s1"], 2, 3)
-    alphas, weights = {id(p) for p in net.alphas()}, {id(p) for p in net.weights()}
+    alphas, weights = {id(p) for p in net.alphas}, {id(p) for p in net.weights}
     assert not alphas & weights and alphas | weights == {id(p) for p in net.parameters()}
     assert {"alpha_normal", "alpha_reduce"} <= net.state_dict().keys() and net.alpha_normal.shape == (14, 2)
     other = SuperNet(SPACES["s1"], 2, 3)
@@ -192,10 +191,9 @@ def node_variances(**switches):
         edges, x_j = SPACES["darts"]["normal"], {}
         cell = SearchCell(edges, 16, 16, 16, False, False, switches["node_norm"])
         for j in range(2, 6):
-            cell.normalize[str(j)].register_forward_hook(lambda *args, j=j: x_j.update({j: args[2]}))
-        weights = dict(zip(edges, mixing_weights(torch.zeros(14, 8), switches["sqrt_beta"])))
+            cell.normalize[j - 2].register_forward_hook(lambda *args, j=j: x_j.update({j: args[2]}))
         with torch.no_grad():
-            cell(torch.randn(16, 16, 16, 16), torch.randn(16, 16, 16, 16), weights)
+            cell(torch.randn(16, 16, 16, 16), torch.randn(16, 16, 16, 16), mixing_weights(torch.zeros(14, 8), switches["sqrt_beta"]))
         rows.append([x_j[j].var(unbiased=False).item() for j in range(2, 6)])
     return np.mean(rows, axis=0)
 
@@ -212,14 +210,14 @@ def test_sqrt_beta_without_node_norm_explodes():
 
 def test_node_norm_uses_running_statistics_in_eval_mode(float64):
     torch.manual_seed(0)
-    cell = SearchCell({(0, 2): ("skip_connect",)}, 2, 2, 2, False, False, node_norm=True)
-    weights = {(0, 2): torch.ones(1)}
-    cell(torch.randn(8, 2, 4, 4), torch.randn(8, 2, 4, 4), weights)
+    cell = SearchCell({(0, 2): ("skip_connect",), (1, 2): ("none",)}, 2, 2, 2, False, False, node_norm=True)
+    beta = torch.ones(2, 1)
+    cell(torch.randn(8, 2, 4, 4), torch.randn(8, 2, 4, 4), beta)
     cell.eval()
-    norm, x = cell.normalize["2"], torch.randn(1, 2, 4, 4)
+    norm, x = cell.normalize[0], torch.randn(1, 2, 4, 4)
     x_j = cell.preprocess0(x)
     expected = (x_j - norm.running_mean[:, None, None]) / torch.sqrt(norm.running_var[:, None, None] + 1e-5)
-    torch.testing.assert_close(cell(x, x, weights), expected)
+    torch.testing.assert_close(cell(x, x, beta), expected)
 
 
 # ---------------------------------------------------------------- mixing weights, Eq. 1, 4 and 6
@@ -278,6 +276,10 @@ def test_equation_6_keeps_the_variance_whatever_beta(float64):
 def test_mixed_operation_skips_none_but_its_beta_counts(float64):
     mixed, x = MixedOp(2, 1, ("none", "skip_connect")), torch.randn(1, 2, 4, 4)
     torch.testing.assert_close(mixed(x, mixing_weights(torch.zeros(2))), x / 2)
+    for stride, size in ((1, 5), (2, 3)):                                                # none alone: zeros
+        assert torch.equal(MixedOp(2, stride, ("none",))(torch.randn(1, 2, 5, 5), torch.ones(1)), torch.zeros(1, 2, size, size))
+    with pytest.raises(ValueError):
+        mixed(x, mixing_weights(torch.zeros(3)))                                         # a beta too many
 
 
 # ---------------------------------------------------------------- operations
@@ -473,8 +475,8 @@ def test_mean_beta_equals_a_loop_over_edges():
 # ---------------------------------------------------------------- the two steps
 
 def steps_of(net, images, labels):
-    weights = torch.optim.SGD(net.weights(), 0.1, momentum=0.9, weight_decay=5e-3)
-    alphas = torch.optim.Adam(net.alphas(), 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
+    weights = torch.optim.SGD(net.weights, 0.1, momentum=0.9, weight_decay=5e-3)
+    alphas = torch.optim.Adam(net.alphas, 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
     return (lambda: search.alpha_step(net, alphas, images, labels, no_autocast),
             lambda clip=5: search.weight_step(net, weights, images, labels, no_autocast, clip))
 
@@ -487,15 +489,14 @@ def test_each_step_moves_its_own_parameters_only():
     torch.manual_seed(0)
     net, images, labels = SuperNet(SPACES["darts"], 2, 3), torch.randn(4, 3, 8, 8), torch.arange(4)
     alpha_step, weight_step = steps_of(net, images, labels)
-    weights, alphas = copies(net.weights()), copies(net.alphas())
+    weights, alphas = copies(net.weights), copies(net.alphas)
     alpha_step()
-    assert all(map(torch.equal, weights, net.weights())) and not any(map(torch.equal, alphas, net.alphas()))
-    assert all(p.grad is None for p in net.weights())
-    alphas = copies(net.alphas())
+    assert all(map(torch.equal, weights, net.weights)) and not any(map(torch.equal, alphas, net.alphas))
+    assert all(p.grad is None for p in net.weights)                                      # .grad of alpha alone
+    alphas = copies(net.alphas)
     weight_step()
-    assert all(map(torch.equal, alphas, net.alphas())) and not torch.equal(weights[0], net.weights()[0])
-    alpha_step()
-    assert all(p.grad is None for p in net.weights())                                    # the weight step's are gone
+    assert all(map(torch.equal, alphas, net.alphas)) and not torch.equal(weights[0], net.weights[0])
+    assert net.weights[0].grad.abs().sum() > 0
 
 
 def test_weight_step_is_the_same_without_the_alpha_backward():
@@ -506,44 +507,31 @@ def test_weight_step_is_the_same_without_the_alpha_backward():
     alpha_step()
     other.load_state_dict(net.state_dict())
     weight_step()
-    plain = torch.optim.SGD(other.weights(), 0.1, momentum=0.9, weight_decay=5e-3)
+    plain = torch.optim.SGD(other.weights, 0.1, momentum=0.9, weight_decay=5e-3)
     F.cross_entropy(other(images), labels).backward()
-    total = torch.sqrt(sum((p.grad ** 2).sum() for p in other.weights()))
-    for p in other.weights():                                                            # clip 5, without the alphas
+    total = torch.sqrt(sum((p.grad ** 2).sum() for p in other.weights))
+    for p in other.weights:                                                            # clip 5, without the alphas
         p.grad *= min(1, 5 / (total + 1e-6))
     plain.step()
-    for a, b in zip(net.weights(), other.weights()):
+    for a, b in zip(net.weights, other.weights):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_absent_operations_of_an_edge_stay_frozen():
-    torch.manual_seed(0)
-    ragged = {kind: {**edges, (0, 2): ("skip_connect",), (1, 2): ("none", "max_pool_3x3")}
-              for kind, edges in SPACES["darts"].items()}
-    net = SuperNet(ragged, 2, 3)
-    alpha_step, _ = steps_of(net, torch.randn(4, 3, 8, 8), torch.arange(4))
-    net.alpha_normal.data[2:] = 0.5                                                      # rows that Adam and decay do move
-    for _ in range(3):
-        alpha_step()
-    assert torch.equal(net.alpha_normal[0, 1:], torch.zeros(7)) and torch.equal(net.alpha_normal[1, 2:], torch.zeros(6))
-    assert (net.alpha_normal[2:] != 0.5).all()
-    assert net.betas()["normal"][0].tolist() == [1] + [0] * 7
-    assert search.derive(ragged, net.betas()).normal[0] in [(("skip_connect", 0), ("max_pool_3x3", 1))]
 
 
 # ---------------------------------------------------------------- data
 
 def counted_split(spec, size=8):
-    pixels = torch.arange(size * size, dtype=torch.uint8).view(1, size, size, 1).expand(1, size, size, 3)
+    pixels = (torch.arange(size * size) + 1).to(torch.uint8).view(1, size, size, 1).expand(1, size, size, 3)  # 0: padding
     return pixels, spec._replace(mean=(0.0,) * 3, std=(1 / 255,) * 3)                    # normalize() then changes nothing
 
 
-def test_crop_and_flip_have_torchvisions_distribution():
-    image, spec = counted_split(data.DATASETS["cifar10"])
-    count = 162 * 100
+@pytest.mark.parametrize("size, pad", [(8, 1), (16, 2)])
+def test_crop_and_flip_have_torchvisions_distribution(size, pad):
+    image, spec = counted_split(data.DATASETS["cifar10"], size)
+    places = 2 * (2 * pad + 1) ** 2                                                      # flipped or not
+    count = places * 100
     generator = torch.Generator().manual_seed(0)
     ours = data.augment(image.expand(count, -1, -1, -1), torch.rand(count, 5, generator=generator), spec)
-    transform = v2.Compose([v2.RandomCrop(8, padding=4), v2.RandomHorizontalFlip()])
+    transform = v2.Compose([v2.RandomCrop(size, padding=pad), v2.RandomHorizontalFlip()])
     torch.manual_seed(0)
     theirs = torch.stack([transform(image[0].permute(2, 0, 1)) for _ in range(count)])
     histograms = []
@@ -552,9 +540,16 @@ def test_crop_and_flip_have_torchvisions_distribution():
         for key in batch.round().to(torch.uint8).flatten(1).numpy():
             seen[key.tobytes()] = seen.get(key.tobytes(), 0) + 1
         histograms.append(seen)
-        assert len(seen) == 162                                                          # 9 x 9 places, flipped or not
-        assert sum((n - 100) ** 2 / 100 for n in seen.values()) < 240                    # chi-square, 161 degrees: p > 1e-4
+        assert len(seen) == places
+        assert sum((n - 100) ** 2 / 100 for n in seen.values()) < places + 6 * math.sqrt(2 * places)  # chi-square
     assert histograms[0].keys() == histograms[1].keys()
+
+
+def test_crops_pad_four_pixels_of_32_as_darts():
+    image, spec = torch.full((1, 32, 32, 3), 255, dtype=torch.uint8), data.DATASETS["cifar10"]._replace(mean=(0.0,) * 3)
+    for size, pad in ((32, 4), (28, 4), (8, 1)):
+        corner = data.augment(image[:, :size, :size], torch.tensor([[0.0, 0.999, 0.9, 0, 0]]), spec)[0, 0] == 0
+        assert corner[:pad].all() and corner[:, size - pad:].all() and not corner[pad:, :size - pad].any()
 
 
 def test_cutout_hides_darts_square_and_normalization_is_torchvisions():
@@ -757,9 +752,9 @@ def test_auxiliary_head_leaves_the_trunk_alone_and_gets_gradients():
     net, images, labels = tiny_network(auxiliary=True), torch.randn(4, 3, 32, 32), torch.arange(4)
     losses = {}
     for weight in (0.0, 0.4):
-        config = {"label_smooth": 0.0, "auxiliary_weight": weight, "grad_clip": 5.0}
+        args = SimpleNamespace(label_smooth=0.0, auxiliary_weight=weight, grad_clip=5.0)
         optimizer = torch.optim.SGD(net.parameters(), 0.0)
-        losses[weight] = retrain.train_step(net, optimizer, images, labels, config, no_autocast)[0].item()
+        losses[weight] = retrain.train_step(net, optimizer, images, labels, args, no_autocast)[0].item()
     logits, logits_aux = net(images)
     expected = F.cross_entropy(logits, labels) + 0.4 * F.cross_entropy(logits_aux, labels)
     assert losses[0.4] == pytest.approx(expected.item()) != losses[0.0]
@@ -820,15 +815,16 @@ def test_derived_cell_equals_its_formula(float64):
     x4 = o[2][0](x1) + x0
     x5 = x0 + o[3][1](x2)
     torch.testing.assert_close(cell(s0, s1, 0.0), torch.cat([x2, x3, x4, x5], 1))
-    assert all(isinstance(o[j][k], AfterReLU) for j, k in ((0, 0), (0, 1), (3, 1))) and o[2][0].body[2].affine
+    assert all(isinstance(o[j][k], ReLUFirst) for j, k in ((0, 0), (0, 1), (3, 1))) and o[2][0].body[2].affine
 
 
 # ---------------------------------------------------------------- schedules and metrics
 
-def rates(config):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], config["learning_rate"])
-    scheduler, seen = retrain.make_scheduler(config, optimizer), []
-    for _ in range(config["epochs"]):
+def rates(*flags):
+    args = retrain.parse(["--genotype", "VS_DARTS", *flags])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.learning_rate)
+    scheduler, seen = retrain.make_scheduler(args, optimizer), []
+    for _ in range(args.epochs):
         seen.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
@@ -836,70 +832,119 @@ def rates(config):
 
 
 def test_schedules_equal_their_formulas():
-    cosine = rates(retrain.all_flags({"genotype": "VS_DARTS"}))
-    np.testing.assert_allclose(cosine, [0.025 * (1 + math.cos(math.pi * e / 600)) / 2 for e in range(600)], atol=1e-9)
-    darts = rates(retrain.all_flags({"genotype": "VS_DARTS", "dataset": "imagenet"}))
-    np.testing.assert_allclose(darts, [0.1 * 0.97 ** e for e in range(250)], rtol=1e-9)
-    given = {"genotype": "VS_DARTS", "dataset": "imagenet", "lr_scheduler": "linear"}
-    warm = [0.5 * (e + 1) / 5 for e in range(5)]
-    linear = [0.5 * (245 - e) / 245 if e < 245 else 0.5 * (250 - e) / 1225 for e in range(250)]
-    np.testing.assert_allclose(rates(retrain.all_flags(given)), warm + linear[5:], rtol=1e-9)
-    small = rates(retrain.all_flags({**given, "batch_size": 256, "learning_rate": 0.5}))
-    np.testing.assert_allclose(small, linear, rtol=1e-9)                                 # no warmup up to 256
+    np.testing.assert_allclose(rates(), [0.025 * (1 + math.cos(math.pi * e / 600)) / 2 for e in range(600)], atol=1e-9)
+    np.testing.assert_allclose(rates("--dataset", "imagenet"), [0.1 * 0.97 ** e for e in range(250)], rtol=1e-9)
+
+
+def test_pc_darts_schedule_has_its_literal_rates():
+    pc_darts = rates("--dataset", "imagenet", "--lr_scheduler", "linear")
+    for epoch, rate in {0: 0.1, 1: 0.2, 4: 0.5, 5: 0.4897959184, 122: 0.2510204082, 244: 0.0020408163, 245: 0.0020408163,
+                        246: 0.0016326531, 249: 0.0004081633}.items():
+        assert pc_darts[epoch] == pytest.approx(rate, abs=1e-9), epoch
+    small = rates("--dataset", "imagenet", "--lr_scheduler", "linear", "--batch_size", "256")  # no warmup up to 256
+    assert small[:2] == pytest.approx([0.5, 0.4979591837]) and small[249] == pytest.approx(0.0004081633)
 
 
 def test_protocols():
-    def some(given):
-        config = retrain.all_flags({"genotype": "VS_DARTS", **given})
-        return tuple(config[key] for key in ("epochs", "batch_size", "layers", "init_channels", "learning_rate",
-                                             "weight_decay", "label_smooth", "drop_path_prob", "cutout_length"))
-    assert some({}) == (600, 96, 20, 36, 0.025, 3e-4, 0.0, 0.2, 16)
-    assert some({"dataset": "svhn"}) == some({"dataset": "cifar100"}) == (600, 96, 8, 16, 0.025, 3e-4, 0.0, 0.2, 16)
-    assert some({"dataset": "imagenet"}) == (250, 128, 14, 48, 0.1, 3e-5, 0.1, 0.0, 0)
-    assert some({"dataset": "imagenet", "lr_scheduler": "linear"}) == (250, 1024, 14, 48, 0.5, 3e-5, 0.1, 0.0, 0)
-    assert some({"dataset": "imagenet", "lr_scheduler": "linear", "batch_size": 32})[1] == 32     # explicit flags win
-    config = search.all_flags({})
-    assert [config[key] for key in ("epochs", "batch_size", "layers", "init_channels", "learning_rate", "learning_rate_min",
-                                    "weight_decay", "arch_learning_rate", "arch_weight_decay", "grad_clip", "momentum")] == [
-        50, 64, 8, 16, 0.025, 0.001, 5e-3, 3e-4, 1e-3, 5.0, 0.9]
+    def some(*flags):
+        args = retrain.parse(["--genotype", "VS_DARTS", *flags])
+        return (args.epochs, args.batch_size, args.layers, args.init_channels, args.learning_rate, args.weight_decay,
+                args.label_smooth, args.drop_path_prob, args.cutout_length, args.auxiliary_weight)
+    assert some() == (600, 96, 20, 36, 0.025, 3e-4, 0.0, 0.2, 16, 0.4)
+    assert some("--dataset", "svhn") == some("--dataset", "cifar100") == (600, 96, 8, 16, 0.025, 3e-4, 0.0, 0.2, 16, 0.4)
+    assert some("--dataset", "imagenet") == (250, 128, 14, 48, 0.1, 3e-5, 0.1, 0.0, 0, 0.4)
+    linear = ["--dataset", "imagenet", "--lr_scheduler", "linear"]
+    assert some(*linear) == (250, 1024, 14, 48, 0.5, 3e-5, 0.1, 0.0, 0, 0.4)
+    assert some(*linear, "--batch_size", "32")[1] == 32                                  # explicit flags win
+    assert some("--image_size", "16")[-2:] == (8, 0.0) and some("--image_size", "16", "--cutout_length", "3")[-2] == 3
+    assert some("--dataset", "folder", "--image_size", "40")[-2:] == (20, 0.0)
+    args = search.parse([])
+    assert (args.epochs, args.batch_size, args.layers, args.init_channels, args.stem_multiplier, args.learning_rate,
+            args.learning_rate_min, args.momentum, args.weight_decay, args.grad_clip, args.arch_learning_rate,
+            args.arch_weight_decay, args.train_portion, args.seed) == (
+        50, 64, 8, 16, 3, 0.025, 0.001, 0.9, 5e-3, 5.0, 3e-4, 1e-3, 0.5, 2)
 
 
-def test_hits_stop_at_the_number_of_classes():
-    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
-    assert run.hits(logits, torch.tensor([0, 0, 1])).tolist() == [1, 3]
+def test_optimizers_have_darts_constants():
+    net = SuperNet(SPACES["s2"], 1, 3)
+    w_optimizer, alpha_optimizer, _ = search.make_optimizers(net, search.parse([]))
+    alphas, weights = alpha_optimizer.param_groups[0], w_optimizer.param_groups[0]
+    assert isinstance(alpha_optimizer, torch.optim.Adam) and isinstance(w_optimizer, torch.optim.SGD)
+    assert (alphas["lr"], alphas["betas"], alphas["weight_decay"], alphas["eps"]) == (3e-4, (0.5, 0.999), 1e-3, 1e-8)
+    assert (weights["lr"], weights["momentum"], weights["weight_decay"], weights["nesterov"]) == (0.025, 0.9, 5e-3, False)
+    assert {id(p) for p in alphas["params"]} == {id(p) for p in net.alphas}
+    assert {id(p) for p in weights["params"]} == {id(p) for p in net.weights}
+    larc = search.make_optimizers(net, search.parse(["--larc"]))[0].param_groups[0]
+    assert (larc["lr"], larc["momentum"], larc["weight_decay"], larc["trust_coefficient"], larc["clip"]) == (
+        0.025, 0.9, 5e-3, 1.0, False)
+
+
+def test_metrics_count_top_1_and_top_5_up_to_the_number_of_classes():
+    logits, loss = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), torch.tensor(0.5)
+    assert run.metrics(loss, logits, torch.tensor([0, 0, 1])).tolist() == [1.5, 1, 3, 3]
     logits, labels = torch.randn(50, 20), torch.randint(20, (50,))
     ranks = [(row > row[label]).sum().item() for row, label in zip(logits, labels)]
-    assert run.hits(logits, labels).tolist() == [sum(r < 1 for r in ranks), sum(r < 5 for r in ranks)]
+    totals = run.metrics(loss, logits, labels) + run.metrics(2 * loss, logits, labels)
+    assert totals.tolist() == [75, 2 * sum(r < 1 for r in ranks), 2 * sum(r < 5 for r in ranks), 100]
+    assert run.means(totals)[0] == 0.75 and totals.dtype == torch.float32                # float64 is not to be had everywhere
+    assert (totals + run.metrics(loss / 0, logits, labels))[0] == math.inf               # stays so in the sum
 
 
-def test_meter_names_the_step_whose_loss_is_not_finite():
-    meter = run.Meter(5, "cpu")
-    for step, loss in enumerate((1.0, 2.0, float("nan"), 1.0)):
-        meter.add(step, torch.tensor(loss), torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))
-    assert meter.loss_so_far(7, 1) == 1.5
-    with pytest.raises(run.Exit, match="epoch 7, step 2") as error:
-        meter.loss_so_far(7, 3)
-    assert error.value.status == 1
+def test_seeds_differ_for_different_purposes():
+    numbers = [(0,), (0, 0), (0, 5), (0, 5, 0), (5,), (5, 0), ("0", 5), (0, "order", 5), (0, "noise", 5)]
+    assert len({run.make_seed(*parts) for parts in numbers}) == len(numbers)
+    assert run.make_seed(2, "order", 3) == run.make_seed(2, "order", 3) < 2**64
+
+
+def test_all_seeds_of_a_run_differ(tmp_path, monkeypatch):
+    seeds, make_seed = {}, run.make_seed
+
+    def remember(*parts):
+        seeds.setdefault(make_seed(*parts), set()).add(parts)
+        return make_seed(*parts)
+    for module in (data, search, retrain):
+        monkeypatch.setattr(module, "make_seed", remember)
+    search.main([*SMALL, "--space", "s2", "--epochs", "3", "--batch_size", "64", "--out", str(tmp_path / "search")])
+    searched = len(seeds)
+    assert searched == 3 + 3 + 3 * (3 + 12 * 3)                                          # streams; noise; order and 12 steps of 3
+    retrain.main([*RETRAINED, "--out", str(tmp_path / "retrain")])
+    assert len(seeds) == searched + 1 + 4 + 4 * (1 + 15)                                 # data; drop-path; order and 15 steps
+    assert all(len(parts) == 1 for parts in seeds.values()), seeds
 
 
 # ---------------------------------------------------------------- files
 
-def test_checkpoints_are_safe_and_never_half_written(tmp_path):
+def test_files_are_never_half_written(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    run.save_checkpoint(path, {"epoch": 1, "w": torch.ones(2)})
-    with pytest.raises(ValueError, match="tensors and plain values"):
-        run.save_checkpoint(path, {"epoch": 2, "where": tmp_path, "x": np.float64(1)})
-    assert run.load_checkpoint(path)["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
+    run.save(path, lambda file: torch.save({"epoch": 1, "w": torch.ones(2)}, file))
+    with pytest.raises((AttributeError, pickle.PicklingError)):                          # a poisoned value
+        run.save(path, lambda file: torch.save({"epoch": 2, "w": torch.ones(2), "poison": lambda: 0}, file))
     with pytest.raises(ZeroDivisionError):
-        run.write_file(path, lambda file: (file.write(b"half"), 1 / 0))
+        run.save(path, lambda file: (file.write(b"half"), 1 / 0))
     assert run.load_checkpoint(path)["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+    def disk_full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(run.Exit, match="cannot write .*No space left on device.: make room"):
+        run.save(path, disk_full)
+    assert run.load_checkpoint(path)["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_pickle_that_is_no_checkpoint_ends_in_one_line(tmp_path, recwarn):
+    for content in (pickle.dumps({"a": 1}), pickle.dumps(Path("x")), b"", b"PK"):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(run.Exit, match="is no checkpoint that can be read") as error:
+            run.load_checkpoint(tmp_path / "checkpoint.pt")
+        assert "\n" not in str(error.value)
+    assert not recwarn.list
 
 
 # ---------------------------------------------------------------- search.py as a command
 
 def lines_of(folder):
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "images/s")} for record in records]
 
 
 def tensors_equal(a, b):
@@ -932,7 +977,7 @@ def assert_same_runs(a, b):
 
 def test_search_on_digits_writes_a_whole_run(tmp_path, capsys, monkeypatch):
     opened = []
-    monkeypatch.setattr(search, "load", lambda *args, **options: opened.append(options["train"]) or data.load(*args, **options))
+    monkeypatch.setattr(search, "load", lambda *args, **options: opened.append(args[2]) or data.load(*args, **options))
     out = tmp_path / "run"
     assert search.main([*SMALL, "--node_norm", "--larc", "--sqrt_beta", "--epochs", "3", "--out", str(out)]) is None
     assert opened == [True]                                                              # never the test split
@@ -950,6 +995,7 @@ def test_search_on_digits_writes_a_whole_run(tmp_path, capsys, monkeypatch):
         assert record["lr"] == pytest.approx(0.001 + 0.024 * (1 + math.cos(math.pi * e / 3)) / 2, abs=1e-12)
         assert np.shape(record["alpha_normal"]) == np.shape(record["alpha_reduce"]) == (14, 8)
         assert 0 < record["beta_none"] < 1
+    assert all(json.loads(line)["images/s"] > 0 for line in (out / "log.jsonl").read_text().splitlines())
     assert record["alpha_normal"] == net.alpha_normal.tolist()
     with pytest.raises(run.Exit, match="holds a finished run"):
         search.main([*SMALL, "--out", str(out)])
@@ -961,13 +1007,13 @@ def test_alpha_sees_one_stream_of_validation_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "alpha_step", lambda *args: seen.append(args[3]) or step(*args))
     search.main([*SMALL, "--space", "s2", "--epochs", "2", "--train_portion", "0.4", "--out", str(tmp_path / "run")])
     split = data.load("digits", "unused", train=True)
-    rest = data.Batches(split.part(int(0.4 * 1437), None), 256, run.mix(2, 1))           # 4 batches an epoch; 3 steps
+    rest = data.Batches(split.part(int(0.4 * 1437), None), 256, run.make_seed(2, "alpha"))  # 4 batches an epoch; 3 steps
     assert rest.steps == 4 and len(seen) == 6
     assert all(torch.equal(labels, expected) for labels, (_, expected) in zip(seen, rest.range(0, 6)))
 
 
 def test_default_rates_end_where_darts_ends():
-    optimizer, _, scheduler = search.make_optimizers(SuperNet(SPACES["s2"], 1, 3), search.all_flags({"larc": True}))
+    optimizer, _, scheduler = search.make_optimizers(SuperNet(SPACES["s2"], 1, 3), search.parse(["--larc"]))
     assert optimizer.param_groups[0]["lr"] == 0.025 and isinstance(optimizer, LARC)
     for _ in range(49):
         optimizer.step()
@@ -1007,8 +1053,12 @@ def test_a_stopped_search_goes_on_to_the_same_end(tmp_path, whole_search, number
     _, errors, status = kill_after_an_epoch(program("search.py", *SEARCHED, "--out", out, wait=False), out, number)
     assert not (out / "genotype.json").exists()
     if number != signal.SIGKILL:
-        assert status == 128 + number and errors.count("\n") == 1
-        assert errors.strip().endswith(f"go on with: python search.py --resume {out}")
+        assert status == 128 + number and "Traceback" not in errors
+        done = len(lines_of(out))                                                        # what was saved, a signal in a write or not
+        assert done == torch.load(out / "checkpoint.pt", weights_only=True)["epoch"]
+        assert errors.splitlines()[1:] == ["stopping after this step; a second signal stops at once",
+                                           f"search.py: interrupted ({signal.Signals(number).name}) after {done} finished "
+                                           f"epochs; go on with `python search.py --resume {out}`"]
     (out / "log.jsonl").open("a").write('{"epoch": 99, "half a li')                      # a line of an unfinished epoch
     with pytest.raises(run.Exit, match="holds an unfinished run: go on with `python search.py --resume"):
         search.main([*SEARCHED, "--out", str(out)])
@@ -1025,7 +1075,7 @@ def test_a_diverged_search_ends_early_and_keeps_the_last_checkpoint(tmp_path, mo
         loss, logits = step(*args)
         return (loss * float("nan") if next(calls) == 4 else loss), logits               # 3 steps an epoch
     monkeypatch.setattr(search, "weight_step", poisoned)
-    with pytest.raises(run.Exit, match="not finite in epoch 1, step 1") as error:
+    with pytest.raises(run.Exit, match="not finite by step 2 of epoch 1.*in a new run with another --out") as error:
         search.main([*SMALL, "--space", "s2", "--epochs", "3", "--out", str(out)])
     assert error.value.status == 1 and run.load_checkpoint(out / "checkpoint.pt")["epoch"] == 1
 
@@ -1040,44 +1090,56 @@ def test_a_search_that_diverges_in_its_last_step_saves_nothing(tmp_path, monkeyp
     monkeypatch.setattr(search, "weight_step", poisoned)
     with pytest.raises(run.Exit, match="not finite") as error:
         search.main([*SMALL[:-1], "1000", "--space", "s2", "--epochs", "1", "--out", str(out)])  # one step
-    assert error.value.status == 1 and sorted(os.listdir(out)) == ["config.json", "log.jsonl"]
-    assert (out / "log.jsonl").read_text() == ""
+    assert error.value.status == 1 and os.listdir(out) == ["config.json"]
 
 
-def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    signal.signal(signal.SIGTERM, run.Signals.catch)
+def test_a_signal_in_a_write_is_noted_and_counts_the_epoch(tmp_path, monkeypatch):
+    out, save, before = tmp_path / "run", torch.save, signal.getsignal(signal.SIGTERM)
 
-    def write(file):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        file.write(b"whole")
-    try:
-        with pytest.raises(run.Interrupted, match="SIGTERM"):
-            run.write_file(tmp_path / "file", write)
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
-    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"whole"
+    def interrupted(state, file):
+        if state["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(state, file)
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(run.Exit, match="interrupted .SIGTERM. after 2 finished epochs; go on with") as error:
+        search.main([*SMALL, "--space", "s2", "--epochs", "4", "--out", str(out)])
+    assert error.value.status == 143 and run.load_checkpoint(out / "checkpoint.pt")["epoch"] == 2 == len(lines_of(out))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL                            # a second one kills at once
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    for name in ("config.json", "log.jsonl"):
-        out = tmp_path / name.replace(".", "-")
+    for name, content in (("config.json", '{"mine": 1}'), ("log.jsonl", "mine"), ("notes", "mine"),
+                          ("config.json", '{"program": "retrain.py"}')):
+        out = tmp_path / str(len(os.listdir(tmp_path)))
         out.mkdir()
-        (out / name).write_text('{"mine": 1}')
+        (out / name).write_text(content)
         with pytest.raises(run.Exit, match="holds something else"):
             search.main([*SMALL, "--out", str(out)])
-        assert (out / name).read_text() == '{"mine": 1}' and os.listdir(out) == [name]
-    (tmp_path / "config-json/config.json").write_text('{"program": "search.py", "epochs": "x"}')
-    with pytest.raises(run.Exit, match="config.json: argument --epochs: it must be a whole number"):
-        search.main(["--resume", str(tmp_path / "config-json")])
+        assert (out / name).read_text() == content and os.listdir(out) == [name]
+
+
+def test_a_start_that_failed_may_be_corrected(tmp_path, monkeypatch, offline):
+    monkeypatch.chdir(tmp_path)
+    for flags in (["--dataset", "cifar10"], [*SMALL, "--device", "warp"]):
+        with pytest.raises(run.Exit, match="--data|--device"):
+            search.main([*flags, "--out", "run"])
+        assert not Path("run").exists()                                                  # nothing is written before the data are read
+    step = search.weight_step
+    monkeypatch.setattr(search, "weight_step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):                                               # no epoch finished: not a run
+        search.main([*SMALL, "--space", "s2", "--epochs", "1", "--out", "run"])
+    assert os.listdir("run") == ["config.json"]
+    with pytest.raises(run.Exit, match="has no finished epoch to go on from: start the run again, without --resume"):
+        search.main(["--resume", "run"])
+    monkeypatch.setattr(search, "weight_step", step)
+    search.main([*SMALL, "--space", "s3", "--epochs", "1", "--out", "run"])
+    assert json.loads(Path("run/config.json").read_text())["space"] == "s3" and Path("run/genotype.json").exists()
 
 
 BAD = [  # arguments of search.py, and what its one line says
     (["--dataset", "mnist"], "invalid choice: 'mnist'"),
     (["--epochs", "0"], "--epochs: it must be a whole number from 1, not '0'"),
-    (["--train_portion", "1.5"], "from 0 to 1|above 0 to 1"),
+    (["--train_portion", "1.5"], "above 0 to 1"),
     (["--learning_rate", "nan"], "must be a number"),
     (["--layers", "2"], "from 3"),
     (["--init_channels", "-4"], "from 1"),
@@ -1088,7 +1150,7 @@ BAD = [  # arguments of search.py, and what its one line says
     (["--dataset", "digits", "--learning_rate", "0.0001"], "--learning_rate_min 0.001 is above"),
     (["--dataset", "digits", "--device", "cuda"], "--device cuda cannot be used here"),
     (["--dataset", "digits", "--device", "warp"], "--device warp cannot be used here"),
-    (["--dataset", "digits", "--out", "/proc/nowhere/run"], "cannot write in /proc/nowhere/run"),
+    (["--dataset", "digits", "--out", "/proc/nowhere/run"], "cannot write /proc/nowhere/run/config.json"),
     (["--dataset", "folder", "--data", "nowhere"], "it needs train/CLASS/IMAGE"),
     (["--resume", ""], "config.json cannot be read"),
     (["--dataset", "digits", "--device", "meta"], "--device meta cannot be used here"),
@@ -1113,13 +1175,6 @@ def test_a_mistake_ends_in_one_line_and_status_2(script):
     out, errors, status = program(script, "--nonsense", "x")
     assert status == 2 and "Traceback" not in errors
     assert errors.startswith(f"{script}: ") and errors.count("\n") == 1
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    def refuse(*args, **options):
-        raise OSError("no network")
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion_mnist"])
@@ -1166,12 +1221,15 @@ def test_resuming_refuses_other_settings_and_other_files(tmp_path):
         (out / "checkpoint.pt").write_bytes(content)
         with pytest.raises(run.Exit, match="is no checkpoint that can be read"):
             search.main(["--resume", str(out)])
-    run.save_checkpoint(out / "checkpoint.pt", {"epoch": 1})
-    with pytest.raises(run.Exit, match="it lacks net"):
+    torch.save({"epoch": 1}, out / "checkpoint.pt")
+    with pytest.raises(run.Exit, match="does not fit this run .KeyError: 'net'"):
         search.main(["--resume", str(out)])
-    run.save_checkpoint(out / "checkpoint.pt", {key: {"x": torch.ones(1)} if key != "epoch" else 1 for key in
-                                                ("epoch", "net", "w_optimizer", "alpha_optimizer", "scheduler")})
-    with pytest.raises(run.Exit, match="does not fit this network"):
+    torch.save({key: {"x": torch.ones(1)} if key != "epoch" else 1 for key in
+                ("epoch", "net", "w_optimizer", "alpha_optimizer", "scheduler")}, out / "checkpoint.pt")
+    with pytest.raises(run.Exit, match="does not fit this run .RuntimeError"):
+        search.main(["--resume", str(out)])
+    (out / "config.json").write_text((out / "config.json").read_text().replace('"epochs": 1', '"epochs": "x"'))
+    with pytest.raises(run.Exit, match="config.json: argument --epochs: it must be a whole number"):
         search.main(["--resume", str(out)])
 
 
@@ -1194,7 +1252,8 @@ def test_retraining_reports_the_last_epoch(whole_retraining):
     assert len(records) == 4 and result["test_error"] == errors[-1] and result["epoch"] == 3
     assert result["best on test (optimistic)"] == min(errors) and errors[result["best_epoch"]] == min(errors)
     assert records[1]["lr"] == pytest.approx(0.025 * (1 + math.cos(math.pi / 4)) / 2)
-    assert result["seed"] == 0 and result["torch"] == torch.__version__ and "--cutout_length 2" in result["command"]
+    assert result["seed"] == 0 and result["torch"] == torch.__version__ and result["device"].endswith("cpu")
+    assert json.loads((whole_retraining / "config.json").read_text())["cutout_length"] == 2  # every flag, spelt out
     weights = torch.load(whole_retraining / "weights.pt", weights_only=True)
     net = Network(genotypes.load(str(whole_retraining / "genotype.json")), 2, 3, 10)
     net.load_state_dict(weights)
@@ -1207,8 +1266,8 @@ def test_retraining_reports_the_last_epoch(whole_retraining):
 
 
 def test_the_best_epoch_is_not_the_result_and_drop_path_grows(tmp_path, monkeypatch):
-    probabilities, scores, step = [], iter([(0, 50.0, 90.0), (0, 80.0, 95.0), (0, 70.0, 96.0), (0, 75.0, 94.0)]), retrain.train_step
-    monkeypatch.setattr(retrain, "evaluate", lambda *args: next(scores))
+    probabilities, scores, step = [], iter([(50, 90), (80, 95), (70, 96), (75, 94)]), retrain.train_step
+    monkeypatch.setattr(retrain, "evaluate", lambda *args: torch.tensor([0, *next(scores), 100]))
     monkeypatch.setattr(retrain, "train_step", lambda net, *args: probabilities.append(net.drop_path_prob) or step(net, *args))
     retrain.main([*RETRAINED[:-1], "2000", "--out", str(tmp_path / "run")])
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -1222,12 +1281,12 @@ def test_the_best_epoch_is_not_the_result_and_drop_path_grows(tmp_path, monkeypa
 def test_a_stopped_retraining_goes_on_to_the_same_end(tmp_path, whole_retraining, number):
     out = tmp_path / "run"
     _, errors, _ = kill_after_an_epoch(program("retrain.py", *RETRAINED, "--out", out, wait=False), out, number)
-    assert number == signal.SIGKILL or errors.strip().endswith(f"python retrain.py --resume {out}")
+    assert number == signal.SIGKILL or errors.strip().endswith(f"go on with `python retrain.py --resume {out}`")
     assert not (out / "result.json").exists()
     assert program("retrain.py", "--resume", out)[2] == 0
     assert_same_runs(out, whole_retraining)
     results = [json.loads((folder / "result.json").read_text()) for folder in (out, whole_retraining)]
-    assert {**results[0], "command": ""} == {**results[1], "command": ""}
+    assert results[0] == results[1]
     assert tensors_equal(*(torch.load(folder / "weights.pt", weights_only=True) for folder in (out, whole_retraining)))
 
 
@@ -1240,7 +1299,7 @@ def test_evaluate_a_checkpoint(whole_retraining, capsys):
         retrain.main(["--evaluate", str(whole_retraining / "config.json")])
     for value in ([1], torch.ones(2), {1: 2}, {"net": 3}, {"classifier.bias": 3}, {"classifier.bias": torch.tensor(1.0)}):
         torch.save(value, whole_retraining / "other.pt")
-        with pytest.raises(run.Exit, match="is no checkpoint of this program|holds no network of this program"):
+        with pytest.raises(run.Exit, match="is no checkpoint of this program|holds no network of this run"):
             retrain.main(["--evaluate", str(whole_retraining / "other.pt")])
     (whole_retraining / "other.pt").unlink()
 
@@ -1249,44 +1308,20 @@ def test_evaluation_builds_no_graph():
     net, seen = tiny_network(), []
     net.classifier.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
     split = data.load("digits", "unused", train=False)
-    alone = retrain.Processes("cpu")
-    retrain.evaluate(net, lambda: data.test_batches(split, 100), torch.device("cpu"), alone, no_autocast)
+    retrain.evaluate(net, lambda: data.test_batches(split, 100), torch.device("cpu"), no_autocast)
     supernet = SuperNet(SPACES["s2"], 2, 3)
     supernet.classifier.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
-    search.evaluate(supernet, data.Batches(split, 100, 0), 0, no_autocast)
+    search.evaluate(supernet, data.Batches(split, 100, 0), 0, no_autocast, SimpleNamespace(look=lambda: None))
     assert len(seen) == 8 and not any(seen) and not net.training
 
 
 def test_the_search_prints_a_command_that_fits_its_images(tmp_path):
-    config = retrain.all_flags({"genotype": "VS_DARTS", "dataset": "folder", "image_size": 40})
-    assert config["auxiliary_weight"] == 0 and retrain.all_flags({"dataset": "folder"})["auxiliary_weight"] == 0.4
     make_folder(tmp_path / "images")
     printed = program("search.py", "--dataset", "folder", "--data", tmp_path / "images", "--image_size", "40", *SMALL[2:],
                       "--space", "s2", "--epochs", "1", "--out", tmp_path / "run")[0].splitlines()[-1]
     out, errors, status = program(*printed.split()[1:], "--epochs", "1", "--layers", "3", "--init_channels", "2", "--out",
                                   tmp_path / "again")
     assert status == 0, errors
-
-
-def test_several_seeds_are_all_reported_and_resumable(tmp_path, capsys):
-    out = tmp_path / "run"
-    arguments = [*RETRAINED[:-4], "--epochs", "1", "--batch_size", "512", "--seeds", "0", "1", "2", "--out", str(out)]
-    retrain.main(arguments)
-    result = json.loads((out / "result.json").read_text())
-    errors = [json.loads((out / f"seed-{seed}/result.json").read_text())["test_error"] for seed in (0, 1, 2)]
-    assert [each["test_error"] for each in result["runs"]] == errors and len(set(errors)) > 1
-    assert result["mean_test_error"] == pytest.approx(np.mean(errors))
-    assert result["std_test_error (sample)"] == pytest.approx(np.std(errors, ddof=1))
-    for path in (out / "result.json", out / "seed-1/result.json", out / "seed-1/checkpoint.pt", out / "seed-2/result.json"):
-        path.unlink()                                                                    # as if killed in the second run
-    with pytest.raises(run.Exit, match="holds something else"):                          # other settings do not join in
-        retrain.main(["--genotype", "DARTS_V1", *arguments[2:]])
-    with pytest.raises(run.Exit, match="seed-0 holds a finished run"):
-        retrain.main(arguments)
-    retrain.main(["--resume", str(out)])
-    again = json.loads((out / "result.json").read_text())
-    assert [each["test_error"] for each in again["runs"]] == errors
-    assert f"over seeds [0, 1, 2]: {', '.join(f'{error:.2f}' for error in errors)}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -1296,7 +1331,9 @@ def test_several_seeds_are_all_reported_and_resumable(tmp_path, capsys):
     (["--genotype", "VS_DARTS", "--dataset", "imagenet", "--data", "nowhere"], "nowhere is no image folder"),
     (["--genotype", "VS_DARTS", "--drop_path_prob", "1"], "from 0 to 0.99"),
     (["--genotype", "VS_DARTS", "--dataset", "imagenet", "--lr_scheduler", "linear", "--epochs", "5"], "needs --epochs 6"),
-    (["--genotype", "VS_DARTS", "--seeds", "1", "1"], "each once"),
+    (["--genotype", "VS_DARTS", "--seeds", "1"], "unrecognized arguments: --seeds"),
+    (["--genotype", "VS_DARTS", "--dataset", "digits", "--limit", "1"], "from 2"),
+    (["--genotype", "VS_DARTS", "--image_size", "7"], "from 8 to 512"),
     (["--evaluate", "x", "--resume", "x"], "give one"),
     (["--evaluate", ""], "config.json cannot be read"),
     (["--evaluate", "nowhere/weights.pt"], "nowhere/config.json cannot be read"),
@@ -1310,49 +1347,114 @@ def test_bad_input_of_retraining_is_named(tmp_path, monkeypatch, arguments, said
 
 # ---------------------------------------------------------------- several processes
 
-def joined(rank, world, port, path):
-    """One process of two: its share of a step and of a test, as retrain.py does them; rank 0 saves what came out."""
+def joined(rank, world, port, path, work):
+    """One process of several: saves what work(rank, world) returns."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.save(one_step(rank, world), f"{path}/{world}-{rank}.pt")
+    assert retrain.join() == (rank, world)
+    torch.save(work(rank, world), f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def in_processes(path, work, world=2):
+    mp.spawn(joined, (world, str(20000 + os.getpid() % 20000), str(path), work), nprocs=world)
+    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def one_step(rank, world):
-    processes = retrain.Processes("cpu")
     torch.manual_seed(0)
     net = Network(PUBLISHED["VS_DARTS"].genotype, 4, 3, 10).eval()                       # eval: batch norm sees no batch
     split = data.load("digits", "unused", train=True).part(0, 60)
     images, labels = next(data.Batches(split, 24, 0, rank=rank, world=world).epoch(0))
-    config = {"label_smooth": 0.1, "auxiliary_weight": 0.0, "grad_clip": 1e9}
-    retrain.train_step(processes.wrap(net), torch.optim.SGD(net.parameters(), 0.0), images, labels, config, no_autocast)
+    args = SimpleNamespace(label_smooth=0.1, auxiliary_weight=0.0, grad_clip=1e9)
+    model = torch.nn.parallel.DistributedDataParallel(net, static_graph=True, broadcast_buffers=False) if world > 1 else net
+    retrain.train_step(model, torch.optim.SGD(net.parameters(), 0.0), images, labels, args, no_autocast)
     test = data.load("digits", "unused", train=False).part(0, 35)
-    score = retrain.evaluate(net, lambda: data.test_batches(test, 8, rank, world), torch.device("cpu"), processes, no_autocast)
-    processes.leave()
-    return {"gradients": [p.grad for p in net.parameters()], "score": score}
+    totals = retrain.evaluate(net, lambda: data.test_batches(test, 8, rank, world), torch.device("cpu"), no_autocast)
+    if world > 1:
+        dist.all_reduce(totals)
+    return {"gradients": [p.grad for p in net.parameters()], "score": run.means(totals)}
 
 
 def test_two_processes_have_the_gradients_and_metrics_of_one(tmp_path):
-    port = str(20000 + os.getpid() % 20000)
-    mp.spawn(joined, (2, port, str(tmp_path)), nprocs=2)
     alone = one_step(0, 1)
-    for rank in (0, 1):
-        both = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+    for both in in_processes(tmp_path, one_step):
         assert both["score"] == pytest.approx(alone["score"], abs=1e-4)
         for a, b in zip(both["gradients"], alone["gradients"]):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def read_together(rank, world, port, path):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    processes = retrain.Processes("cpu")
-    split = processes.in_turn(lambda: data.load("fashion_mnist", path, train=True))
-    assert len(split.labels) == 40
-    processes.leave()
+def train_amoebanet(rank, world):
+    """Three steps in training mode with drop-path; AmoebaNet_B leaves nodes, and so parameters, unused."""
+    torch.manual_seed(0)
+    net = Network(PUBLISHED["AmoebaNet_B"].genotype, 2, 3, 10)
+    model = torch.nn.parallel.DistributedDataParallel(net, static_graph=True, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    args = SimpleNamespace(label_smooth=0.0, auxiliary_weight=0.0, grad_clip=5.0)
+    batches = data.Batches(data.load("digits", "unused", train=True).part(0, 64), 16, 0, rank=rank, world=world)
+    torch.manual_seed(rank)
+    for step, (images, labels) in enumerate(batches.epoch(0)):
+        net.drop_path_prob = 0.1 * step                                                  # none in the first step, as in a run
+        retrain.train_step(model, optimizer, images, labels, args, no_autocast)
+    return {"weights": list(net.parameters()), "used": [p.grad is not None and bool(p.grad.any()) for p in net.parameters()],
+            "drawn": torch.rand(3)}
 
 
-def test_processes_unpack_in_turn(tmp_path):
-    make_fashion_mnist(tmp_path)
-    mp.spawn(read_together, (2, str(20001 + os.getpid() % 20000), str(tmp_path)), nprocs=2)
+def test_processes_stay_equal_in_training_with_drop_path_and_unused_nodes(tmp_path):
+    first, second = in_processes(tmp_path, train_amoebanet)
+    assert all(map(torch.equal, first["weights"], second["weights"]))
+    assert first["used"] == second["used"] and not all(first["used"]) and any(first["used"])
+    assert not torch.equal(first["drawn"], second["drawn"])                              # their drop-path differed
+
+
+def fail_in_one(rank, world):
+    def work():
+        if rank == 1:
+            raise run.Exit("only process 1 knows", 2)
+        return rank
+    said = []
+    for attempt in (work, lambda: (_ for _ in ()).throw(run.Exit("all know", 1)), lambda: "fine"):
+        try:
+            said.append(retrain.together(attempt))
+        except run.Exit as error:
+            said.append((str(error), error.status))
+    return said
+
+
+def test_all_processes_leave_if_one_fails_and_the_one_that_knows_says_it(tmp_path):
+    assert in_processes(tmp_path, fail_in_one) == [[("", 2), ("all know", 1), "fine"],
+                                                   [("only process 1 knows", 2), ("", 1), "fine"]]
+
+
+def test_each_process_opens_its_own_gpu_first(monkeypatch):
+    touched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: touched.append(("set_device", device)))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: touched.append(("zeros", device)) or zeros(*size))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert run.find_device(None) == torch.device("cuda", 3)
+    assert touched == [("set_device", torch.device("cuda", 3)), ("zeros", torch.device("cuda", 3))]
+
+
+def test_memory_format_is_chosen_in_one_place():
+    for device, amp, expected in (("cpu", False, torch.channels_last), ("cpu", True, torch.channels_last),
+                                  ("cuda", True, torch.channels_last), ("cuda", False, torch.contiguous_format),
+                                  ("mps", False, torch.contiguous_format)):
+        assert run.precision(amp, torch.device(device))[1] == expected
+    split = data.load("digits", "unused", train=True)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        moved = split.to("cpu", layout)
+        for images, _ in (next(data.Batches(moved, 8, 0).epoch(0)), next(data.test_batches(moved, 8))):
+            assert images.is_contiguous(memory_format=layout)
+
+
+def test_resume_advice_fits_how_the_run_was_started(monkeypatch):
+    args = SimpleNamespace(out="runs/a b")
+    assert retrain.how_to_resume(args, 1) == "`python retrain.py --resume 'runs/a b'`"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert retrain.how_to_resume(args, 2) == "`torchrun --nproc_per_node=2 retrain.py --resume 'runs/a b'`"
+    assert "on every machine" in retrain.how_to_resume(args, 4)                          # rendezvous and node rank stay as they were
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -1364,7 +1466,7 @@ def test_a_stopped_two_process_run_goes_on_to_the_same_end(tmp_path):
     stopped = program("retrain.py", *RETRAINED, "--out", out, wait=False, launcher=TORCHRUN)
     _, errors, _ = kill_after_an_epoch(stopped, out, signal.SIGTERM)
     assert not (out / "result.json").exists()
-    assert errors.count(f"go on with: torchrun --nproc_per_node=2 retrain.py --resume {out}") == 1
+    assert errors.count(f"go on with `torchrun --nproc_per_node=2 retrain.py --resume {out}`") == 1
     assert program("retrain.py", "--resume", out, launcher=TORCHRUN)[2] == 0
     assert_same_runs(out, whole)
     assert json.loads((out / "result.json").read_text())["processes"] == 2
