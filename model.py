@@ -142,15 +142,16 @@ class MixedOp(nn.Module):
 
     def forward(self, x, beta):
         x_relu = F.relu(x)                                  # most operations begin with it: once per edge
-        outputs = []
+        mixed = None
         for name, beta_o in zip(self.primitives, beta, strict=True):
             if name == "none":                              # zeros: it has its beta, but adds nothing
                 continue
             op = self.ops[name]
-            outputs.append(beta_o * (op.body(x_relu) if isinstance(op, ReLUFirst) else op(x)))
-        if not outputs:
+            output = beta_o * (op.body(x_relu) if isinstance(op, ReLUFirst) else op(x))
+            mixed = output if mixed is None else mixed.add_(output)  # Eq. 1
+        if mixed is None:                                   # `none` alone
             return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
-        return functools.reduce(torch.add, outputs)                   # Eq. 1
+        return mixed
 
 
 # ---------------------------------------------------------------- super-network (sections 2.2 and 4.1)
@@ -186,8 +187,7 @@ class SearchCell(nn.Module):
         beta = dict(zip(self.edges, beta, strict=True))
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for j, normalize in enumerate(self.normalize, start=2):
-            mixed = [self.edges[f"{i}->{j}"](states[i], beta[f"{i}->{j}"]) for i in range(j)]
-            x_j = functools.reduce(torch.add, mixed)
+            x_j = functools.reduce(torch.add, (self.edges[f"{i}->{j}"](states[i], beta[f"{i}->{j}"]) for i in range(j)))
             states.append(normalize(x_j))                   # Eq. 3: (x_j - mu) / sigma, per channel
         return torch.cat(states[2:], dim=1)
 

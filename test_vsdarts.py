@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -517,6 +518,27 @@ def test_weight_step_is_the_same_without_the_alpha_backward():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("larc", [[], ["--larc"]])
+def test_steps_wait_for_nothing(larc):
+    """On the meta device reading a value, or meeting a tensor of another device, is an error."""
+    with torch.device("meta"):
+        net = SuperNet(SPACES["darts"], 2, 3, 10, True, True)
+        images, labels = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+        derived = Network(PUBLISHED["VS_DARTS"].genotype, 2, 3, 10)
+        totals = torch.zeros(4)
+    w_optimizer, alpha_optimizer, _ = search.make_optimizers(net, search.parse(larc))
+    args = SimpleNamespace(label_smooth=0.1, auxiliary_weight=0.0, grad_clip=5.0)
+    sgd = torch.optim.SGD(derived.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    derived.drop_path_prob = 0.1
+    for _ in range(2):
+        for loss, logits in (search.alpha_step(net, alpha_optimizer, images, labels, no_autocast),
+                             search.weight_step(net, w_optimizer, images, labels, no_autocast, 5.0),
+                             retrain.train_step(derived, sgd, images, labels, args, no_autocast)):
+            totals += run.metrics(loss, logits, labels)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        totals.tolist()                                                                  # so it does notice
+
+
 # ---------------------------------------------------------------- data
 
 def counted_split(spec, size=8):
@@ -601,6 +623,56 @@ def test_processes_share_every_batch_as_one_process_would_see_it():
     tested = [torch.cat([labels for _, labels in data.test_batches(split, 7, rank, 3)]) for rank in range(3)]
     assert sorted(torch.cat(tested).tolist()) == sorted(split.labels.tolist())           # every one once
     assert [len(batch) for batch in data.batch_indices(41, 40, 0, 0)] == [40]            # never a single image
+
+
+def test_images_are_resized_by_area_and_the_first_ones_taken(tmp_path):
+    whole = data.load("digits", "unused", train=True)
+    small = data.load("digits", "unused", train=True, image_size=4 + 4, limit=10)
+    assert torch.equal(small.images, whole.images[:10]) and torch.equal(small.labels, whole.labels[:10])
+    make_fashion_mnist(tmp_path)
+    full, half = (data.load("fashion_mnist", tmp_path, True, image_size=size) for size in (None, 14))
+    means = full.images.float().unflatten(1, (14, 2)).unflatten(3, (14, 2)).mean((2, 4))  # of 2x2 pixels each
+    assert torch.equal(half.images, means.round().to(torch.uint8)) and half.images.shape == (40, 14, 14, 3)
+    assert len(data.load("fashion_mnist", tmp_path, False, image_size=14, limit=3).labels) == 20  # the test split stays whole
+    make_folder(tmp_path / "images")
+    assert data.load("folder", tmp_path / "images", True, 16, 5).images.shape == (5, 16, 16, 3)
+    w_half, alpha_half = search.read_halves(search.parse(["--dataset", "digits", "--limit", "10"]), "cpu", torch.channels_last)
+    assert torch.equal(torch.cat([w_half.images, alpha_half.images]), whole.images[:10]) and len(w_half.labels) == 5
+
+
+def imagenet_args(root, **changes):
+    return SimpleNamespace(**{"data": str(root), "image_size": 16, "limit": None, "batch_size": 8, "workers": 0, **changes})
+
+
+def test_imagenet_is_limited_and_tested_in_shares(tmp_path):
+    make_folder(tmp_path / "images")
+    place = (0, torch.device("cpu"), torch.channels_last)
+    limited = data.ImageNet(imagenet_args(tmp_path / "images", limit=6), True, *place)
+    labels = torch.cat([labels for _, labels in limited.epoch(0)])
+    assert len(labels) == 6 and 0 < labels.sum() < 6                                     # not one class only
+    tests = [data.ImageNet(imagenet_args(tmp_path / "images"), False, *place, rank=rank, world=2) for rank in (0, 1)]
+    assert [len(batch) for test in tests for batch in test.indices(0)] == [4, 2, 4, 2]   # a half of 8 at a time
+    assert sorted(i for test in tests for batch in test.indices(0) for i in batch.tolist()) == list(range(12))
+
+
+def test_only_a_val_folder_is_needed_to_test(tmp_path):
+    make_folder(tmp_path / "images")
+    shutil.rmtree(tmp_path / "images/train")
+    assert len(data.load("folder", tmp_path / "images", train=False).labels) == 12
+    test = data.ImageNet(imagenet_args(tmp_path / "images"), False, 0, torch.device("cpu"), torch.channels_last)
+    assert sum(len(labels) for _, labels in test.epoch(0)) == 12
+
+
+def test_an_image_that_cannot_be_read_is_a_reason_to_stop(tmp_path):
+    make_folder(tmp_path / "images")
+    for part in ("train", "val"):
+        (tmp_path / f"images/{part}/dark/0.png").write_bytes(b"no picture")
+    place = (0, torch.device("cpu"), torch.channels_last)
+    train = data.ImageNet(imagenet_args(tmp_path / "images", batch_size=4), True, *place)
+    assert len(list(train.epoch(0))) == train.steps == 3                                 # in step with other processes to the end
+    assert "cannot identify image file" in str(run.stop)
+    with pytest.raises(run.Exit, match="an image cannot be read .*cannot identify image file"):
+        list(data.ImageNet(imagenet_args(tmp_path / "images"), False, *place).epoch(0))
 
 
 def test_digits_are_whole_and_split_once():
@@ -716,6 +788,23 @@ def test_genotypes_command(capsys, tmp_path):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_genotypes_are_written_as_darts_does(capsys):
+    darts_v2 = ("Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), "
+                "('sep_conv_3x3', 1), ('skip_connect', 0), ('skip_connect', 0), ('dil_conv_3x3', 2)], "
+                "normal_concat=[2, 3, 4, 5], reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), "
+                "('max_pool_3x3', 1), ('max_pool_3x3', 0), ('skip_connect', 2), ('skip_connect', 2), ('max_pool_3x3', 1)], "
+                "reduce_concat=[2, 3, 4, 5])")
+    genotypes.main(["DARTS_V2"])
+    assert darts_v2 in capsys.readouterr().out.splitlines()
+    assert "not to be written" in genotypes.darts_notation(PUBLISHED["FairDARTS_B"].genotype)  # nodes with one input
+
+
+def test_genotypes_into_head_ends_quietly():
+    process = subprocess.run(f"{sys.executable} genotypes.py | head -1", shell=True, cwd=HERE, env=ENVIRONMENT, text=True,
+                             capture_output=True)
+    assert process.stderr == "" and process.stdout.count("\n") == 1
+
+
 def test_genotypes_table(capsys, monkeypatch):
     monkeypatch.setattr(genotypes, "PUBLISHED", {name: PUBLISHED[name] for name in ("VS_DARTS", "VS_DARTS_2nd")})
     assert genotypes.main([]) == 0
@@ -816,6 +905,85 @@ def test_derived_cell_equals_its_formula(float64):
     x5 = x0 + o[3][1](x2)
     torch.testing.assert_close(cell(s0, s1, 0.0), torch.cat([x2, x3, x4, x5], 1))
     assert all(isinstance(o[j][k], ReLUFirst) for j, k in ((0, 0), (0, 1), (3, 1))) and o[2][0].body[2].affine
+
+
+def affine_norm(p, prefix, x):
+    return slow_norm(x) * p[f"{prefix}.weight"][:, None, None] + p[f"{prefix}.bias"][:, None, None]
+
+
+def slow_affine_reduce(p, prefix, x):
+    x = F.relu(x)
+    halves = [F.conv2d(x, p[f"{prefix}.body.0.conv1.weight"], stride=2),
+              F.conv2d(x[:, :, 1:, 1:], p[f"{prefix}.body.0.conv2.weight"], stride=2)]
+    return affine_norm(p, f"{prefix}.body.1", torch.cat(halves, 1))
+
+
+def slow_affine_op(name, p, prefix, x, stride):
+    C, kernel = x.shape[1], int(name[-1]) if name[-1].isdigit() else None
+    if name == "skip_connect":
+        return x if stride == 1 else slow_affine_reduce(p, prefix, x)
+    if "pool" in name:                                                                   # no batch norm here
+        return slow_pool(name, x, stride)
+    if "dil" in name:
+        x = F.conv2d(F.relu(x), p[f"{prefix}.body.0.weight"], stride=stride, padding=kernel - 1, dilation=2, groups=C)
+        return affine_norm(p, f"{prefix}.body.2", F.conv2d(x, p[f"{prefix}.body.1.weight"]))
+    for first, step in ((0, stride), (4, 1)):
+        x = F.conv2d(F.relu(x), p[f"{prefix}.body.{first}.weight"], stride=step, padding=kernel // 2, groups=C)
+        x = affine_norm(p, f"{prefix}.body.{first + 2}", F.conv2d(x, p[f"{prefix}.body.{first + 1}.weight"]))
+    return x
+
+
+def slow_network(p, genotype, layers, imagenet, x):
+    """NetworkCIFAR or NetworkImageNet from its parameters, with the auxiliary logits."""
+    if imagenet:
+        x = F.relu(affine_norm(p, "stem0.1", F.conv2d(x, p["stem0.0.weight"], stride=2, padding=1)))
+        s0 = affine_norm(p, "stem0.4", F.conv2d(x, p["stem0.3.weight"], stride=2, padding=1))
+        s1 = affine_norm(p, "stem1.2", F.conv2d(F.relu(s0), p["stem1.1.weight"], stride=2, padding=1))
+    else:
+        s0 = s1 = affine_norm(p, "stem0.1", F.conv2d(x, p["stem0.0.weight"], padding=1))
+    reduced_before = imagenet
+    for layer in range(layers):
+        reduction, cell = layer in (layers // 3, 2 * layers // 3), f"cells.{layer}"
+
+        def preprocess(name, s):
+            return affine_norm(p, f"{name}.body.1", F.conv2d(F.relu(s), p[f"{name}.body.0.weight"]))
+        first = slow_affine_reduce if reduced_before else lambda p, name, s: preprocess(name, s)
+        states = [first(p, f"{cell}.preprocess0", s0), preprocess(f"{cell}.preprocess1", s1)]
+        for j, node in enumerate(genotype.reduce if reduction else genotype.normal):
+            total = 0
+            for k, (name, i) in enumerate(node):
+                total = total + slow_affine_op(name, p, f"{cell}.ops.{j}.{k}", states[i], 2 if reduction and i < 2 else 1)
+            states.append(total)
+        concat = genotype.reduce_concat if reduction else genotype.normal_concat
+        s0, s1, reduced_before = s1, torch.cat([states[i] for i in concat], 1), reduction
+        if layer == 2 * layers // 3:
+            a, head = F.relu(s1), "auxiliary_head.features"
+            a = F.avg_pool2d(a, 5, 2 if imagenet else 3)
+            a = F.relu(affine_norm(p, f"{head}.3", F.conv2d(a, p[f"{head}.2.weight"])))
+            a = F.conv2d(a, p[f"{head}.5.weight"])
+            a = F.relu(a if imagenet else affine_norm(p, f"{head}.6", a)).flatten(1)
+            logits_aux = a @ p["auxiliary_head.classifier.weight"].T + p["auxiliary_head.classifier.bias"]
+    return s1.mean((2, 3)) @ p["classifier.weight"].T + p["classifier.bias"], logits_aux
+
+
+@pytest.mark.parametrize("imagenet, size", [(False, 32), (True, 224)])
+def test_derived_network_equals_slow_darts(float64, imagenet, size):
+    torch.manual_seed(0)
+    genotype = PUBLISHED["VS_DARTS_2nd"].genotype                                        # skips, pools, both convolutions, strided
+    net = Network(genotype, 4, 4, 5, auxiliary=True, imagenet=imagenet)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):                                     # fresh ones are 1 and 0
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+    images, labels = torch.randn(2, 3, size, size), torch.tensor([0, 3])
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    got, expected = net(images), slow_network(leaves, genotype, 4, imagenet, images)
+    for logits in (got, expected):
+        (F.cross_entropy(logits[0], labels) + 0.4 * F.cross_entropy(logits[1], labels)).backward()
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.grad, leaves[name].grad, rtol=1e-7, atol=1e-8, msg=name)
 
 
 # ---------------------------------------------------------------- schedules and metrics
@@ -1385,9 +1553,18 @@ def test_two_processes_have_the_gradients_and_metrics_of_one(tmp_path):
 
 
 def train_amoebanet(rank, world):
-    """Three steps in training mode with drop-path; AmoebaNet_B leaves nodes, and so parameters, unused."""
+    return train_together(PUBLISHED["AmoebaNet_A"].genotype, rank, world)                # not all nodes are in its output
+
+
+def train_with_unused_node(rank, world):
+    convs = ((("sep_conv_3x3", 0), ("sep_conv_3x3", 1)),) * 2
+    return train_together(Genotype(convs, (2,), convs, (2,)), rank, world)               # nothing uses node 3
+
+
+def train_together(genotype, rank, world):
+    """Three steps in training mode with drop-path."""
     torch.manual_seed(0)
-    net = Network(PUBLISHED["AmoebaNet_B"].genotype, 2, 3, 10)
+    net = Network(genotype, 2, 3, 10)
     model = torch.nn.parallel.DistributedDataParallel(net, static_graph=True, broadcast_buffers=False)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     args = SimpleNamespace(label_smooth=0.0, auxiliary_weight=0.0, grad_clip=5.0)
@@ -1400,10 +1577,11 @@ def train_amoebanet(rank, world):
             "drawn": torch.rand(3)}
 
 
-def test_processes_stay_equal_in_training_with_drop_path_and_unused_nodes(tmp_path):
-    first, second = in_processes(tmp_path, train_amoebanet)
+@pytest.mark.parametrize("work, all_used", [(train_amoebanet, True), (train_with_unused_node, False)])
+def test_processes_stay_equal_in_training_with_drop_path_and_unused_nodes(tmp_path, work, all_used):
+    first, second = in_processes(tmp_path, work)
     assert all(map(torch.equal, first["weights"], second["weights"]))
-    assert first["used"] == second["used"] and not all(first["used"]) and any(first["used"])
+    assert first["used"] == second["used"] and all(first["used"]) == all_used and any(first["used"])
     assert not torch.equal(first["drawn"], second["drawn"])                              # their drop-path differed
 
 
@@ -1486,6 +1664,77 @@ def test_imagenet_by_torchrun_to_a_tested_network(tmp_path):
     assert status == 0 and f"test error {result['test_error']:.2f}%" in shown
 
 
+def test_a_process_whose_data_fail_says_so_and_all_leave(tmp_path):
+    arguments = ["--genotype", "VS_DARTS", "--dataset", "imagenet", "--image_size", "64", "--layers", "3", "--init_channels", "4",
+                 "--batch_size", "4", "--epochs", "1", "--workers", "1", "--out", tmp_path / "run"]
+    shown, errors, status = program("retrain.py", *arguments, "--data", tmp_path / "nowhere", launcher=TORCHRUN)
+    assert status != 0 and errors.count("nowhere is no image folder") == 1, errors       # both know, one says it
+    assert "retrain.py\", line" not in errors and not (tmp_path / "run").exists()
+    make_folder(tmp_path / "images", size=64, count=4)
+    (tmp_path / "images/train/dark/0.png").write_bytes(b"no picture")                    # in the batch of one of them
+    shown, errors, status = program("retrain.py", *arguments, "--data", tmp_path / "images", launcher=TORCHRUN)
+    assert status != 0 and errors.count("retrain.py: an image cannot be read") == 1, errors
+    assert "retrain.py\", line" not in errors and not (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_workers_stay_silent_when_a_terminal_interrupts_the_group(tmp_path):
+    make_folder(tmp_path / "images", size=64, count=40)
+    process = program("retrain.py", "--genotype", "VS_DARTS", "--dataset", "imagenet", "--data", tmp_path / "images",
+                      "--image_size", "64", "--layers", "3", "--init_channels", "4", "--batch_size", "4", "--epochs", "90",
+                      "--workers", "2", "--out", tmp_path / "run", wait=False)
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in errors and len(errors.splitlines()) == 3, errors
+    assert "interrupted (SIGINT) after" in errors
+
+
+def test_amp_is_executed(tmp_path):
+    search.main([*SMALL, "--space", "s2", "--node_norm", "--sqrt_beta", "--epochs", "1", "--amp", "--out", str(tmp_path / "s")])
+    retrain.main([*RETRAINED[:-4], "--epochs", "1", "--batch_size", "256", "--amp", "--out", str(tmp_path / "r")])
+    seen, net = [], SuperNet(SPACES["s2"], 2, 3)
+    net.classifier.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    for amp in (False, True):
+        search.loss_of(net, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), run.precision(amp, torch.device("cpu"))[0])
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+# ---------------------------------------------------------------- with a GPU
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@cuda
+@pytest.mark.parametrize("amp", [[], ["--amp"]])
+def test_cuda_search_and_retraining_run_and_resume(tmp_path, amp):
+    for stage, arguments in ((search, [*SMALL, "--space", "s2", "--node_norm", "--larc", "--sqrt_beta"]),
+                             (retrain, RETRAINED[:-4])):
+        out = tmp_path / stage.__name__
+        stage.main([*arguments, *amp, "--epochs", "1", "--device", "cuda", "--out", str(out)])
+        result = out / ("genotype.json" if stage is search else "result.json")
+        result.unlink()                                                                  # as if killed at the very end
+        stage.main(["--resume", str(out), "--device", "cuda"])
+        assert result.exists()
+
+
+@cuda
+def test_cuda_gradients_equal_the_cpus():
+    torch.manual_seed(0)
+    net, images, labels = SuperNet(SPACES["darts"], 4, 3, 10, True, True), torch.randn(8, 3, 16, 16), torch.arange(8)
+    copy = SuperNet(SPACES["darts"], 4, 3, 10, True, True)
+    copy.load_state_dict(net.state_dict())
+    copy.to("cuda")
+    for parameters in ("alphas", "weights"):
+        for each, device in ((net, "cpu"), (copy, "cuda")):
+            autocast, layout = run.precision(False, torch.device(device))
+            loss, _ = search.loss_of(each, images.to(device).contiguous(memory_format=layout), labels.to(device), autocast)
+            loss.backward(inputs=getattr(each, parameters))
+        for a, b in zip(getattr(net, parameters), getattr(copy, parameters)):
+            torch.testing.assert_close(a.grad, b.grad.cpu(), rtol=1e-3, atol=1e-4)
+
+
 # ---------------------------------------------------------------- the README
 
 README = (HERE / "README.md").read_text()
@@ -1507,8 +1756,37 @@ def test_readme_commands_are_ones_the_programs_take():
             parsers[script].parse_args(arguments)
             seen.add(script)
     assert seen == parsers.keys()
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        compile(block, "README.md", "exec")
+
+
+def test_readme_python_blocks_run(tmp_path, monkeypatch, whole_retraining):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    folder = re.search(r'folder = "(.*?)"', README)[1]
+    retrain.main(["--genotype", "VS_DARTS", "--dataset", "digits", "--epochs", "1", "--batch_size", "512", "--limit", "512",
+                  "--out", folder])
+    names = {"torch": torch, "weights": [torch.zeros(2, requires_grad=True)], "__name__": "README"}
+    for block in blocks:
+        exec(block, names)
+    assert names["x_j"].shape == (8, 16, 32, 32) and names["logits"].shape == (5, 10) and len(blocks) == 5
+    assert abs(names["x_j"].var() - 1) < 0.01
+    names["measure"](batch=2, C=2, layers=3, steps=1)
+
+
+def test_pieces_can_be_taken_out_with_torch_alone(tmp_path):
+    """As the README says: larc.py whole, and model.py from ReLUFirst to the end of MixedOp."""
+    source = (HERE / "model.py").read_text()
+    piece = source[source.index("class ReLUFirst"):source.index("# ------", source.index("class MixedOp"))]
+    code = ("import sys\nsys.modules['numpy'] = sys.modules['torchvision'] = None\n"
+            "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n" + piece +
+            "mixed = MixedOp(4, 2, ('none', 'max_pool_3x3', 'skip_connect', 'dil_conv_5x5'))\n"
+            "alpha = torch.zeros(4, requires_grad=True)\n"
+            "from larc import LARC\noptimizer = LARC([*mixed.parameters()], lr=0.1)\n"
+            "mixed(torch.randn(2, 4, 8, 8), mixing_weights(alpha, True)).square().sum().backward()\n"
+            "optimizer.step()\nassert alpha.grad.abs().sum() > 0\n")
+    (tmp_path / "larc.py").write_text((HERE / "larc.py").read_text())
+    (tmp_path / "taken.py").write_text(code)
+    process = subprocess.run([sys.executable, "taken.py"], cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_readme_try_it_runs_as_typed_but_for_fewer_epochs(tmp_path):
