@@ -388,9 +388,12 @@ def main(arguments):
     rank, world = join()
     args = together(lambda: parse(arguments))
     if args.evaluate is not None:
-        return evaluate_file(Path(args.evaluate), args, rank, world)
-    genotype, run = together(lambda: prepare_run(args, rank, world))
-    train(genotype, args, run, rank, world)
+        evaluate_file(Path(args.evaluate), args, rank, world)
+    else:
+        genotype, run = together(lambda: prepare_run(args, rank, world))
+        train(genotype, args, run, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -188,7 +188,8 @@ def note_signal(number, frame):
     stop = number
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_DFL)
-    os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+    if os.environ.get("RANK", "0") == "0":                  # under torchrun one process speaks
+        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
 
 class Run:

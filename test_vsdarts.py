@@ -1682,9 +1682,11 @@ def test_workers_stay_silent_when_a_terminal_interrupts_the_group(tmp_path):
     process = program("retrain.py", "--genotype", "VS_DARTS", "--dataset", "imagenet", "--data", tmp_path / "images",
                       "--image_size", "64", "--layers", "3", "--init_channels", "4", "--batch_size", "4", "--epochs", "90",
                       "--workers", "2", "--out", tmp_path / "run", wait=False)
-    while not (tmp_path / "run/checkpoint.pt").exists():
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")                  # on Linux: wait for workers at work
+    while not (tmp_path / "run/checkpoint.pt").exists() or (children.exists() and len(children.read_text().split()) < 2):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        time.sleep(0.005)
+    time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors and len(errors.splitlines()) == 3, errors
