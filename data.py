@@ -56,7 +56,7 @@ class Split(NamedTuple):
     labels: torch.Tensor
     classes: int
     spec: Spec
-    layout: torch.memory_format = torch.channels_last
+    layout: torch.memory_format = torch.contiguous_format
 
     def part(self, start, stop):
         return self._replace(images=self.images[start:stop], labels=self.labels[start:stop])
@@ -228,7 +228,7 @@ class Batches:
         self.rank, self.world = rank, world
         self.steps = len(self.indices(0))
         if self.steps == 0:
-            raise Exit(f"{len(split.labels)} images leave {world} processes without a batch")
+            raise Exit(f"{len(split.labels)} images are too few for a batch in each of {world} process(es)")
 
     def indices(self, epoch):
         return batch_indices(len(self.split.labels), self.batch_size, self.seed, epoch, self.rank, self.world)
@@ -282,7 +282,7 @@ class ImageNet:
         self.device, self.layout, self.rank, self.world = device, layout, rank, world
         self.steps = len(self.indices(0))
         if self.steps == 0:
-            raise Exit(f"--batch_size {args.batch_size} or {args.data} leave {world} processes without a batch")
+            raise Exit(f"--batch_size {args.batch_size} or {args.data} are too few for a batch in each of {world} process(es)")
 
     def indices(self, epoch):
         if self.train:
@@ -292,7 +292,7 @@ class ImageNet:
 
     def epoch(self, epoch):
         """The batches of an epoch. If one for training cannot be read, that is a reason to stop, and the one before comes
-        again until all processes stop: the others would wait for ever for the gradients of one that left alone."""
+        again until all processes stop: the others would wait forever for the gradients of one that left alone."""
         generator = torch.Generator().manual_seed(make_seed(self.seed, "workers", epoch, self.rank))
         loader = iter(DataLoader(self.data, batch_sampler=[batch.tolist() for batch in self.indices(epoch)],
                                  num_workers=self.workers, worker_init_fn=ignore_signals, generator=generator,
@@ -301,7 +301,7 @@ class ImageNet:
         for _ in range(self.steps):
             try:
                 images, labels = next(loader)
-            except OSError as error:                        # a worker's starts with its traceback
+            except (OSError, RuntimeError) as error:        # the latter if a worker was killed; both may start with a traceback
                 run.stop = Exit(f"an image cannot be read ({str(error).strip().splitlines()[-1]})")
                 if not self.train:
                     raise run.stop from None

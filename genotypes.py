@@ -353,7 +353,7 @@ def darts_notation(genotype):
     """The genotype as DARTS and its forks write it, to be pasted into their genotypes.py; they want two inputs a node."""
     nodes = genotype.normal + genotype.reduce
     if any(len(node) != 2 for node in nodes):
-        return "(not to be written in DARTS's notation: a node has one input, or more than two)"
+        return "(cannot be written in DARTS's notation: a node has one input, or more than two)"
     normal, reduce = ([pair for node in cell for pair in node] for cell in (genotype.normal, genotype.reduce))
     return (f"Genotype(normal={normal}, normal_concat={list(genotype.normal_concat)}, "
             f"reduce={reduce}, reduce_concat={list(genotype.reduce_concat)})")

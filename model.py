@@ -216,9 +216,9 @@ class SuperNet(nn.Module):
         self.classifier = nn.Linear(C_prev, num_classes)
         self.weights = list(self.parameters())              # w of Eq. 2, listed once: a walk over thousands of modules
 
-        shape = {cell_type: (len(edges), len(edges[0, 2])) for cell_type, edges in space.items()}
-        self.alpha_normal = nn.Parameter(1e-3 * torch.randn(shape["normal"]))  # (edges, operations); 1e-3: DARTS
-        self.alpha_reduce = nn.Parameter(1e-3 * torch.randn(shape["reduce"]))  # (edges, operations)
+        normal, reduce = space["normal"], space["reduce"]   # (edges, operations), (14, 8) in DARTS's space; 1e-3: DARTS
+        self.alpha_normal = nn.Parameter(1e-3 * torch.randn(len(normal), len(normal[0, 2])))
+        self.alpha_reduce = nn.Parameter(1e-3 * torch.randn(len(reduce), len(reduce[0, 2])))
         self.alphas = [self.alpha_normal, self.alpha_reduce]
 
     @torch.no_grad()

@@ -109,6 +109,13 @@ def together(work):
 
 # ---------------------------------------------------------------- data and network
 
+def download_first(args, world):
+    """Several processes: one of each machine reads the data before the others, as it may download and unpack them."""
+    if world > 1 and args.dataset != "imagenet":
+        for train in (True, False):
+            together(lambda: os.environ["LOCAL_RANK"] == "0" and load(args.dataset, args.data, train))
+
+
 def read_data(args, train, device, layout, rank, world):
     """The batches of the training split, or a function that goes once over the test split; this process's share.
 
@@ -164,8 +171,8 @@ def train_step(net, optimizer, images, labels, args, autocast):
 
 
 @torch.no_grad()
-def evaluate(net, batches, device, autocast):
-    """The metrics of this process's share of the test split, summed."""
+def evaluate(net, batches, device, autocast, look=lambda: None):
+    """The metrics of this process's share of the test split, summed. look: called between steps."""
     net.eval()
     totals = torch.zeros(4, device=device)
     for images, labels in batches():
@@ -173,6 +180,7 @@ def evaluate(net, batches, device, autocast):
             logits, _ = net(images)
             loss = F.cross_entropy(logits, labels)
         totals += metrics(loss, logits, labels)
+        look()
     return totals
 
 
@@ -180,8 +188,7 @@ def train(genotype, args, run, rank, world):
     """Trains a network to the last epoch; writes weights.pt and result.json."""
     device = together(lambda: find_device(args.device))
     autocast, layout = precision(args.amp, device)
-    if world > 1 and args.dataset != "imagenet":            # one process of each machine may download and unpack first
-        together(lambda: os.environ["LOCAL_RANK"] == "0" and load(args.dataset, args.data, train=True))
+    download_first(args, world)
     batches, classes, side = together(lambda: read_data(args, True, device, layout, rank, world))
     test, _, _ = together(lambda: read_data(args, False, device, layout, rank, world))
     counts = together(lambda: count(genotype, args, classes, side))
@@ -195,7 +202,7 @@ def train(genotype, args, run, rank, world):
     last, best = saved.get("last"), saved.get("best")
     model = net
     if world > 1:                                           # static_graph: a genotype may have nodes that nothing uses
-        model = DistributedDataParallel(net, static_graph=True, broadcast_buffers=False)
+        model = DistributedDataParallel(net, static_graph=True)
     run.say(f"{args.genotype} on {args.dataset}: {counts['parameters']:,} parameters, {counts['macs'] / 1e6:.1f}M "
             f"multiply-adds; {world} x {device.type}; seed {args.seed}; {run.folder}")
 
@@ -216,7 +223,8 @@ def train(genotype, args, run, rank, world):
         if world > 1:                                       # rank 0's running statistics are tested and saved
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
-        test_totals = together(lambda: evaluate(net, test, device, autocast))
+        look = run.look if world == 1 else lambda: None     # several processes look together, below
+        test_totals = together(lambda: evaluate(net, test, device, autocast, look))
         agree(run.reason_to_stop())
         if world > 1:
             dist.all_reduce(totals)
@@ -267,11 +275,12 @@ def evaluate_file(path, args, rank, world):
             raise Exit(f"{path} holds no network of this run ({type(error).__name__})") from None
         test, classes, _ = read_data(args, False, device, layout, rank, world)
         if classes != net.classifier.out_features:
-            raise Exit(f"{path} knows {net.classifier.out_features} classes, and the test data have {classes}")
+            raise Exit(f"{path} was trained on {net.classifier.out_features} classes, and the test data have {classes}")
         return net.to(device, memory_format=layout), test
 
     device = together(lambda: find_device(args.device))
     autocast, layout = precision(args.amp, device)
+    download_first(args, world)
     net, test = together(prepare_test)
     totals = together(lambda: evaluate(net, test, device, autocast))
     if world > 1:
@@ -295,7 +304,7 @@ def make_parser():
         "32 for folder, crops of 224 for imagenet)")
     add("--limit", type=number(int, 2), help="use the first LIMIT training images only (default: all)")
     add("--genotype", help="a genotype.json, or a name of `python genotypes.py`")
-    add("--epochs", type=number(int, 1), help="default: below, as for all that follow up to --cutout_length")
+    add("--epochs", type=number(int, 1), help="number of epochs; the defaults of this flag and of all up to --cutout_length are in the table below")
     add("--batch_size", type=number(int, 2), help="images in a step, all processes together")
     add("--layers", type=number(int, 3, 1000), help="number of cells")
     add("--init_channels", type=number(int, 2, 4096), help="channels of the first cell")
@@ -316,7 +325,7 @@ def make_parser():
     add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet, for each training process "
         "(default %(default)s: DARTS)")
     add("--out", help="run folder (default runs/retrain-DATASET-GENOTYPE-SEED)")
-    add("--resume", metavar="FOLDER", help="go on with an interrupted run, with its settings")
+    add("--resume", metavar="FOLDER", help="continue an interrupted run, with its settings")
     add("--evaluate", metavar="FILE", help="test a run's weights.pt or checkpoint.pt, and end")
     parser.set_defaults(**CIFAR10)
     return parser
@@ -338,7 +347,7 @@ def parse(arguments):
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.evaluate is not None and args.resume is not None:
-        raise Exit("--evaluate and --resume are two different things: give one")
+        raise Exit("--evaluate and --resume cannot be combined: give one")
     if args.evaluate is not None:
         return keep_settings(parser, Path(args.evaluate).parent, arguments)
     if args.resume is not None:
@@ -376,7 +385,7 @@ def prepare_run(args, rank, world):
     if args.resume is None:
         args.processes = world                              # kept in config.json: a resumed run needs as many
     elif args.processes != world:
-        raise Exit(f"{args.out} is a run of {args.processes} processes, not {world}: go on with as many")
+        raise Exit(f"{args.out} is a run of {args.processes} processes, not {world}: resume with as many")
     if args.batch_size < 2 * world:
         raise Exit(f"--batch_size {args.batch_size} is that of all {world} processes: each needs two images of it")
     kept = Path(args.out) / "genotype.json"

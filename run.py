@@ -37,7 +37,7 @@ def start(program, main):
     except KeyboardInterrupt:                               # before or after the training, which only notes it
         status, message = 128 + signal.SIGINT, "interrupted"
     except BrokenPipeError:                                 # as in `python search.py | head`
-        status, message = 128 + signal.SIGPIPE, "nobody reads stdout any more; a run goes on with --resume"
+        status, message = 128 + signal.SIGPIPE, "nobody reads stdout any more"
         sys.stdout = open(os.devnull, "w")
     if message:
         print(f"{program}: {message}", file=sys.stderr)
@@ -86,11 +86,13 @@ def keep_settings(parser, folder, arguments):
     if not isinstance(saved, dict) or saved.pop("program", None) != parser.prog:
         raise Exit(f"{folder} is not a run of {parser.prog}")
     saved["out"] = str(folder)
-    parser.set_defaults(**saved)
+    words = [f"--{flag}={value}" for flag, value in saved.items() if value not in (None, True, False) and flag != "processes"]
     try:
-        args = parser.parse_args(arguments)
+        parser.parse_args(words)                            # argparse checks no defaults that are not text
     except Exit as error:
         raise Exit(f"{config}: {error}") from None
+    parser.set_defaults(**saved)
+    args = parser.parse_args(arguments)
     for flag, value in saved.items():
         if flag not in ("data", "device") and getattr(args, flag) != value:
             raise Exit(f"--{flag} {getattr(args, flag)} differs from {value} in {config}: a run keeps its settings; leave "
@@ -182,10 +184,10 @@ def load_checkpoint(path):
 
 # ---------------------------------------------------------------- the run
 
-def note_signal(number, frame):
+def note_signal(signum, frame):
     """Only takes a note, so that nothing is cut short; a second signal ends the process at once."""
     global stop
-    stop = number
+    stop = signum
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_DFL)
     if os.environ.get("RANK", "0") == "0":                  # under torchrun one process speaks
@@ -209,10 +211,10 @@ class Run:
         if self.result.exists():
             raise Exit(f"{self.folder} holds a finished run ({self.result.name}): choose another --out, or delete the folder")
         if self.args.resume is None and self.checkpoint.exists():
-            raise Exit(f"{self.folder} holds an unfinished run: go on with {self.how_to_resume}, or choose another --out")
+            raise Exit(f"{self.folder} holds an unfinished run: resume with {self.how_to_resume}, or choose another --out")
         if self.args.resume is not None and not self.checkpoint.exists():
-            raise Exit(f"{self.folder} has no finished epoch to go on from: start the run again, without --resume")
-        if self.args.resume is None and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise Exit(f"{self.folder} has no finished epoch to resume from: start the run again, without --resume")
+        if self.args.resume is None and self.folder.is_dir() and not set(os.listdir(self.folder)) <= {"config.json.tmp"}:
             config = self.folder / "config.json"            # a start of this program that failed may be overwritten
             if not (config.exists() and f'"program": "{self.program}"' in config.read_text(errors="replace")):
                 raise Exit(f"{self.folder} holds something else: choose another --out")
@@ -240,13 +242,14 @@ class Run:
         """The Exit with which to leave between two steps, or None."""
         if not isinstance(stop, int):
             return stop
-        go_on = f"go on with {self.how_to_resume}" if self.epoch else "start it again"
-        return Exit(f"interrupted ({signal.Signals(stop).name}) after {self.epoch} finished epochs; {go_on}", 128 + stop)
+        go_on = f"resume with {self.how_to_resume}" if self.epoch else "start it again"
+        return Exit(f"interrupted ({signal.Signals(stop).name}) after {self.epoch} finished epoch(s); {go_on}", 128 + stop)
 
     def look(self):
         """Leaves if there is a reason to."""
-        if self.reason_to_stop():
-            raise self.reason_to_stop()
+        error = self.reason_to_stop()
+        if error:
+            raise error
 
     def step(self, step, steps, totals):
         """After a training step. Now and then: is the loss, totals[0], still finite? On a terminal, how far are we?"""

@@ -77,7 +77,7 @@ def read_halves(args, device, layout):
     split = load(args.dataset, args.data, True, args.image_size, args.limit).to(device, layout)
     cut = int(args.train_portion * len(split.labels))
     if min(cut, len(split.labels) - cut) < 2:
-        raise Exit(f"--train_portion {args.train_portion} of {len(split.labels)} images leaves a part without any two")
+        raise Exit(f"--train_portion {args.train_portion} of {len(split.labels)} images leaves one part with fewer than two images")
     return split.part(0, cut), split.part(cut, None)
 
 
@@ -212,7 +212,7 @@ def make_parser():
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
     add("--amp", action="store_true", help="bfloat16 autocast and TF32: other numbers, and faster on GPUs that have bfloat16")
     add("--out", help="run folder (default runs/DATASET-SPACE-SWITCHES-SEED)")
-    add("--resume", metavar="FOLDER", help="go on with an interrupted run, with its settings")
+    add("--resume", metavar="FOLDER", help="continue an interrupted run, with its settings")
     return parser
 
 

@@ -38,8 +38,8 @@ from model import (OPS, AuxiliaryHead, Cell, FactorizedReduce, MixedOp, Network,
                    count_parameters, drop_path, mixing_weights)
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SMALL = ["--dataset", "digits", "--layers", "3", "--init_channels", "2", "--batch_size", "256"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # programs: on the CPU
+SMALL = ["--dataset", "digits", "--device", "cpu", "--layers", "3", "--init_channels", "2", "--batch_size", "256"]
 torch.set_num_threads(1)
 
 
@@ -796,7 +796,7 @@ def test_genotypes_are_written_as_darts_does(capsys):
                 "reduce_concat=[2, 3, 4, 5])")
     genotypes.main(["DARTS_V2"])
     assert darts_v2 in capsys.readouterr().out.splitlines()
-    assert "not to be written" in genotypes.darts_notation(PUBLISHED["FairDARTS_B"].genotype)  # nodes with one input
+    assert "cannot be written" in genotypes.darts_notation(PUBLISHED["FairDARTS_B"].genotype)  # nodes with one input
 
 
 def test_genotypes_into_head_ends_quietly():
@@ -1226,9 +1226,9 @@ def test_a_stopped_search_goes_on_to_the_same_end(tmp_path, whole_search, number
         assert done == torch.load(out / "checkpoint.pt", weights_only=True)["epoch"]
         assert errors.splitlines()[1:] == ["stopping after this step; a second signal stops at once",
                                            f"search.py: interrupted ({signal.Signals(number).name}) after {done} finished "
-                                           f"epochs; go on with `python search.py --resume {out}`"]
+                                           f"epoch(s); resume with `python search.py --resume {out}`"]
     (out / "log.jsonl").open("a").write('{"epoch": 99, "half a li')                      # a line of an unfinished epoch
-    with pytest.raises(run.Exit, match="holds an unfinished run: go on with `python search.py --resume"):
+    with pytest.raises(run.Exit, match="holds an unfinished run: resume with `python search.py --resume"):
         search.main([*SEARCHED, "--out", str(out)])
     assert program("search.py", "--resume", out)[2] == 0
     assert_same_runs(out, whole_search)
@@ -1269,7 +1269,7 @@ def test_a_signal_in_a_write_is_noted_and_counts_the_epoch(tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         save(state, file)
     monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(run.Exit, match="interrupted .SIGTERM. after 2 finished epochs; go on with") as error:
+    with pytest.raises(run.Exit, match="interrupted .SIGTERM. after 2 finished epoch.s.; resume with") as error:
         search.main([*SMALL, "--space", "s2", "--epochs", "4", "--out", str(out)])
     assert error.value.status == 143 and run.load_checkpoint(out / "checkpoint.pt")["epoch"] == 2 == len(lines_of(out))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL                            # a second one kills at once
@@ -1297,7 +1297,7 @@ def test_a_start_that_failed_may_be_corrected(tmp_path, monkeypatch, offline):
     with pytest.raises(ZeroDivisionError):                                               # no epoch finished: not a run
         search.main([*SMALL, "--space", "s2", "--epochs", "1", "--out", "run"])
     assert os.listdir("run") == ["config.json"]
-    with pytest.raises(run.Exit, match="has no finished epoch to go on from: start the run again, without --resume"):
+    with pytest.raises(run.Exit, match="has no finished epoch to resume from: start the run again, without --resume"):
         search.main(["--resume", "run"])
     monkeypatch.setattr(search, "weight_step", step)
     search.main([*SMALL, "--space", "s3", "--epochs", "1", "--out", "run"])
@@ -1314,7 +1314,7 @@ BAD = [  # arguments of search.py, and what its one line says
     (["--batch_size", "1"], "from 2"),
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--larc_trust", "0"], "above 0"),
-    (["--dataset", "digits", "--train_portion", "0.0001"], "leaves a part without"),
+    (["--dataset", "digits", "--train_portion", "0.0001"], "leaves one part with fewer"),
     (["--dataset", "digits", "--learning_rate", "0.0001"], "--learning_rate_min 0.001 is above"),
     (["--dataset", "digits", "--device", "cuda"], "--device cuda cannot be used here"),
     (["--dataset", "digits", "--device", "warp"], "--device warp cannot be used here"),
@@ -1396,15 +1396,19 @@ def test_resuming_refuses_other_settings_and_other_files(tmp_path):
                 ("epoch", "net", "w_optimizer", "alpha_optimizer", "scheduler")}, out / "checkpoint.pt")
     with pytest.raises(run.Exit, match="does not fit this run .RuntimeError"):
         search.main(["--resume", str(out)])
-    (out / "config.json").write_text((out / "config.json").read_text().replace('"epochs": 1', '"epochs": "x"'))
-    with pytest.raises(run.Exit, match="config.json: argument --epochs: it must be a whole number"):
-        search.main(["--resume", str(out)])
+    config = (out / "config.json").read_text()
+    for good, bad, said in (('"epochs": 1', '"epochs": "x"', "--epochs: it must be a whole number"),
+                            ('"batch_size": 256', '"batch_size": -5', "--batch_size: it must be"),
+                            ('"space": "s2"', '"space": "nope"', "invalid choice: 'nope'")):
+        (out / "config.json").write_text(config.replace(good, bad))
+        with pytest.raises(run.Exit, match=f"config.json: .*{said}"):
+            search.main(["--resume", str(out)])
 
 
 # ---------------------------------------------------------------- retrain.py as a command
 
-RETRAINED = ["--genotype", "VS_DARTS", "--dataset", "digits", "--layers", "3", "--init_channels", "2", "--epochs", "4",
-             "--batch_size", "96"]
+RETRAINED = ["--genotype", "VS_DARTS", "--dataset", "digits", "--device", "cpu", "--layers", "3", "--init_channels", "2",
+             "--epochs", "4", "--batch_size", "96"]
 
 
 @pytest.fixture(scope="module")
@@ -1449,7 +1453,7 @@ def test_the_best_epoch_is_not_the_result_and_drop_path_grows(tmp_path, monkeypa
 def test_a_stopped_retraining_goes_on_to_the_same_end(tmp_path, whole_retraining, number):
     out = tmp_path / "run"
     _, errors, _ = kill_after_an_epoch(program("retrain.py", *RETRAINED, "--out", out, wait=False), out, number)
-    assert number == signal.SIGKILL or errors.strip().endswith(f"go on with `python retrain.py --resume {out}`")
+    assert number == signal.SIGKILL or errors.strip().endswith(f"resume with `python retrain.py --resume {out}`")
     assert not (out / "result.json").exists()
     assert program("retrain.py", "--resume", out)[2] == 0
     assert_same_runs(out, whole_retraining)
@@ -1472,6 +1476,12 @@ def test_evaluate_a_checkpoint(whole_retraining, capsys):
     (whole_retraining / "other.pt").unlink()
 
 
+def test_testing_looks_between_steps():
+    split, looked = data.load("digits", "unused", train=False), []
+    retrain.evaluate(tiny_network(), lambda: data.test_batches(split, 100), torch.device("cpu"), no_autocast, lambda: looked.append(1))
+    assert len(looked) == 4
+
+
 def test_evaluation_builds_no_graph():
     net, seen = tiny_network(), []
     net.classifier.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
@@ -1485,7 +1495,7 @@ def test_evaluation_builds_no_graph():
 
 def test_the_search_prints_a_command_that_fits_its_images(tmp_path):
     make_folder(tmp_path / "images")
-    printed = program("search.py", "--dataset", "folder", "--data", tmp_path / "images", "--image_size", "40", *SMALL[2:],
+    printed = program("search.py", "--dataset", "folder", "--data", tmp_path / "images", "--image_size", "40", *SMALL[4:],
                       "--space", "s2", "--epochs", "1", "--out", tmp_path / "run")[0].splitlines()[-1]
     out, errors, status = program(*printed.split()[1:], "--epochs", "1", "--layers", "3", "--init_channels", "2", "--out",
                                   tmp_path / "again")
@@ -1502,7 +1512,7 @@ def test_the_search_prints_a_command_that_fits_its_images(tmp_path):
     (["--genotype", "VS_DARTS", "--seeds", "1"], "unrecognized arguments: --seeds"),
     (["--genotype", "VS_DARTS", "--dataset", "digits", "--limit", "1"], "from 2"),
     (["--genotype", "VS_DARTS", "--image_size", "7"], "from 8 to 512"),
-    (["--evaluate", "x", "--resume", "x"], "give one"),
+    (["--evaluate", "x", "--resume", "x"], "cannot be combined"),
     (["--evaluate", ""], "config.json cannot be read"),
     (["--evaluate", "nowhere/weights.pt"], "nowhere/config.json cannot be read"),
 ])
@@ -1535,7 +1545,7 @@ def one_step(rank, world):
     split = data.load("digits", "unused", train=True).part(0, 60)
     images, labels = next(data.Batches(split, 24, 0, rank=rank, world=world).epoch(0))
     args = SimpleNamespace(label_smooth=0.1, auxiliary_weight=0.0, grad_clip=1e9)
-    model = torch.nn.parallel.DistributedDataParallel(net, static_graph=True, broadcast_buffers=False) if world > 1 else net
+    model = torch.nn.parallel.DistributedDataParallel(net, static_graph=True) if world > 1 else net
     retrain.train_step(model, torch.optim.SGD(net.parameters(), 0.0), images, labels, args, no_autocast)
     test = data.load("digits", "unused", train=False).part(0, 35)
     totals = retrain.evaluate(net, lambda: data.test_batches(test, 8, rank, world), torch.device("cpu"), no_autocast)
@@ -1565,7 +1575,7 @@ def train_together(genotype, rank, world):
     """Three steps in training mode with drop-path."""
     torch.manual_seed(0)
     net = Network(genotype, 2, 3, 10)
-    model = torch.nn.parallel.DistributedDataParallel(net, static_graph=True, broadcast_buffers=False)
+    model = torch.nn.parallel.DistributedDataParallel(net, static_graph=True)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     args = SimpleNamespace(label_smooth=0.0, auxiliary_weight=0.0, grad_clip=5.0)
     batches = data.Batches(data.load("digits", "unused", train=True).part(0, 64), 16, 0, rank=rank, world=world)
@@ -1644,7 +1654,7 @@ def test_a_stopped_two_process_run_goes_on_to_the_same_end(tmp_path):
     stopped = program("retrain.py", *RETRAINED, "--out", out, wait=False, launcher=TORCHRUN)
     _, errors, _ = kill_after_an_epoch(stopped, out, signal.SIGTERM)
     assert not (out / "result.json").exists()
-    assert errors.count(f"go on with `torchrun --nproc_per_node=2 retrain.py --resume {out}`") == 1
+    assert errors.count(f"resume with `torchrun --nproc_per_node=2 retrain.py --resume {out}`") == 1
     assert program("retrain.py", "--resume", out, launcher=TORCHRUN)[2] == 0
     assert_same_runs(out, whole)
     assert json.loads((out / "result.json").read_text())["processes"] == 2
@@ -1710,15 +1720,21 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 
 @cuda
 @pytest.mark.parametrize("amp", [[], ["--amp"]])
-def test_cuda_search_and_retraining_run_and_resume(tmp_path, amp):
+def test_cuda_search_and_retraining_run_and_resume(tmp_path, monkeypatch, amp):
     for stage, arguments in ((search, [*SMALL, "--space", "s2", "--node_norm", "--larc", "--sqrt_beta"]),
                              (retrain, RETRAINED[:-4])):
         out = tmp_path / stage.__name__
-        stage.main([*arguments, *amp, "--epochs", "1", "--device", "cuda", "--out", str(out)])
-        result = out / ("genotype.json" if stage is search else "result.json")
-        result.unlink()                                                                  # as if killed at the very end
+        save = torch.save
+
+        def interrupted(state, file):                                                    # in the write of the first epoch
+            run.note_signal(signal.SIGTERM, None)
+            save(state, file)
+        with monkeypatch.context() as patch, pytest.raises(run.Exit, match="after 1 finished epoch"):
+            patch.setattr(torch, "save", interrupted)
+            stage.main([*arguments, *amp, "--epochs", "2", "--device", "cuda", "--out", str(out)])
+        monkeypatch.setattr(run, "stop", None)
         stage.main(["--resume", str(out), "--device", "cuda"])
-        assert result.exists()
+        assert (out / ("genotype.json" if stage is search else "result.json")).exists() and len(lines_of(out)) == 2
 
 
 @cuda
