@@ -304,7 +304,8 @@ def make_parser():
         "32 for folder, crops of 224 for imagenet)")
     add("--limit", type=number(int, 2), help="use the first LIMIT training images only (default: all)")
     add("--genotype", help="a genotype.json, or a name of `python genotypes.py`")
-    add("--epochs", type=number(int, 1), help="number of epochs; the defaults of this flag and of all up to --cutout_length are in the table below")
+    add("--epochs", type=number(int, 1), help="number of epochs; the table below has the defaults of this flag and of "
+        "all up to --cutout_length")
     add("--batch_size", type=number(int, 2), help="images in a step, all processes together")
     add("--layers", type=number(int, 3, 1000), help="number of cells")
     add("--init_channels", type=number(int, 2, 4096), help="channels of the first cell")
