@@ -3,11 +3,13 @@
     python genotypes.py                      the table of all published cells, counted and as published
     python genotypes.py VS_DARTS             one cell: its nodes and edges, its sizes, its retrain.py command
     python genotypes.py runs/.../genotype.json
+    python genotypes.py --random 0 > cell.json   a random cell of the DARTS space, of seed 0
 
 A genotype is a value that JSON can hold; files are read with json and checked, never evaluated.
 """
 import json
 import os
+import random
 import shlex
 import sys
 from typing import NamedTuple
@@ -111,6 +113,17 @@ SPACES = {
     "s3": everywhere("none", "skip_connect", "sep_conv_3x3"),
     "s4": everywhere("noise", "sep_conv_3x3"),
 }
+
+
+def random_genotype(seed):
+    """A cell of the DARTS space: for each node two different inputs, on each an operation but `none`, all equally likely."""
+    draw = random.Random(seed)
+    cells = {}
+    for cell in ("normal", "reduce"):
+        cells[cell] = tuple(tuple((draw.choice(DARTS_PRIMITIVES[1:]), i) for i in draw.sample(range(j), 2))
+                            for j in (2, 3, 4, 5))
+        cells[f"{cell}_concat"] = (2, 3, 4, 5)
+    return Genotype(**cells)
 
 
 # ---------------------------------------------------------------- published cells
@@ -379,9 +392,14 @@ def main(arguments):
         print(__doc__)
         return 0
     try:
-        if len(arguments) > 1:
+        if arguments[:1] == ["--random"]:
+            if len(arguments) != 2 or not arguments[1].isdecimal():
+                raise ValueError("--random takes one seed, a whole number from 0 (see --help)")
+            print(to_json(random_genotype(int(arguments[1]))))
+        elif len(arguments) > 1:
             raise ValueError(f"one cell at most, not {len(arguments)} (see --help)")
-        print_cell(arguments[0]) if arguments else print_table()
+        else:
+            print_cell(arguments[0]) if arguments else print_table()
         sys.stdout.flush()
     except ValueError as error:
         print(f"genotypes.py: {error}", file=sys.stderr)

@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data import DATASETS, Batches, ImageNet, load, test_batches
 from genotypes import load as load_genotype, to_json
 from model import Network, count_macs, count_parameters
-from run import LOOK_EVERY, Exit, Parser, Run, clock, find_device, keep_settings, load_checkpoint, make_seed, means, \
-    metrics, number, precision, save, save_text, start
+from run import LOOK_EVERY, Exit, Parser, Run, clock, device_name, find_device, keep_settings, load_checkpoint, make_seed, \
+    means, metrics, number, precision, save, save_text, start
 
 CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36, "lr_scheduler": "cosine",
            "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9, "weight_decay": 3e-4, "grad_clip": 5.0,
@@ -244,8 +244,7 @@ def train(genotype, args, run, rank, world):
 
 
 def environment(device, world):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
-    return {"device": name, "processes": world, "python": platform.python_version(), "torch": torch.__version__,
+    return {"device": device_name(device), "processes": world, "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__}
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import warnings
@@ -114,6 +115,11 @@ def find_device(name):
     except Exception as error:                              # each kind of device fails in its own way
         raise Exit(f"--device {name} cannot be used here ({reason(error)}); try --device cpu") from None
     return device
+
+
+def device_name(device):
+    """What results say of where they were made, such as "Tesla V100-SXM2-16GB" or "x86_64 cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
 
 
 def precision(amp, device):

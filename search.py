@@ -18,8 +18,8 @@ from data import DATASETS, Batches, load
 from genotypes import SPACES, Genotype, darts_notation, describe, to_json
 from larc import LARC
 from model import SuperNet
-from run import Exit, Parser, Run, clock, find_device, keep_settings, make_seed, means, metrics, number, precision, \
-    save_text, start
+from run import Exit, Parser, Run, clock, device_name, find_device, keep_settings, make_seed, means, metrics, number, \
+    precision, save, save_text, start
 
 
 # ---------------------------------------------------------------- derivation (section 2.2)
@@ -110,6 +110,10 @@ def search(args, run):
     run.begin({"net": net, "w_optimizer": w_optimizer, "alpha_optimizer": alpha_optimizer, "scheduler": scheduler})
     run.say(f"{args.dataset}: {len(w_half.labels)} images for w, {len(alpha_half.labels)} for alpha; "
             f"{sum(p.numel() for p in net.weights):,} weights; {device}; {run.folder}")
+    if args.keep_nets and run.epoch == 0:
+        keep_net(net, run.folder, 0)
+        megabytes = (args.epochs + 1) * (run.folder / "net-0.pt").stat().st_size / 1e6
+        run.say(f"--keep_nets: {args.epochs + 1} super-networks will take {megabytes:.1f} MB in {run.folder}")
 
     for epoch in range(run.epoch, args.epochs):
         started, lr = time.time(), w_optimizer.param_groups[0]["lr"]
@@ -126,10 +130,17 @@ def search(args, run):
         seconds = time.time() - started
         scheduler.step()
         record = {"epoch": epoch, "lr": lr, **describe_epoch(net, totals, evaluate(net, held_out, epoch, autocast, run)),
-                  "images/s": 2 * totals[3].item() / seconds, "seconds": time.time() - started}
+                  "images/s": 2 * totals[3].item() / seconds, "seconds": time.time() - started, "device": device_name(device)}
+        if args.keep_nets:                                  # before the checkpoint: a resumed run lacks none
+            keep_net(net, run.folder, epoch + 1)
         run.end_epoch(record)
         run.say(epoch_line(record))
     return net
+
+
+def keep_net(net, folder, epochs):
+    """For figures.py: the super-network's state after so many epochs; 0: untrained."""
+    save(folder / f"net-{epochs}.pt", lambda file: torch.save(net.state_dict(), file))
 
 
 @torch.no_grad()
@@ -211,6 +222,7 @@ def make_parser():
     add("--seed", type=number(int, 0), default=2, help="default %(default)s: DARTS")
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
     add("--amp", action="store_true", help="bfloat16 autocast and TF32: other numbers, and faster on GPUs that have bfloat16")
+    add("--keep_nets", action="store_true", help="keep the super-network of every epoch, for figures.py")
     add("--out", help="run folder (default runs/DATASET-SPACE-SWITCHES-SEED)")
     add("--resume", metavar="FOLDER", help="continue an interrupted run, with its settings")
     return parser
