@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 
 import data
+import figures
 import genotypes
 import retrain
 import run
@@ -788,6 +789,26 @@ def test_genotypes_command(capsys, tmp_path):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_random_cells_are_valid_uniform_and_repeatable(capsys, tmp_path):
+    assert genotypes.main(["--random", "3"]) == 0
+    (tmp_path / "random3.json").write_text(capsys.readouterr().out)
+    assert genotypes.load(str(tmp_path / "random3.json")) == genotypes.random_genotype(3) != genotypes.random_genotype(4)
+    names, inputs = [], []
+    for seed in range(500):
+        cell = genotypes.random_genotype(seed)
+        for j, node in enumerate(cell.reduce, start=2):
+            (first, i), (second, k) = node
+            assert i != k and max(i, k) < j
+            names += [first, second]
+        inputs.append(frozenset(i for _, i in cell.normal[2]))                           # two of 0, 1, 2 and 3: 6 pairs
+    assert {name: names.count(name) for name in names}.keys() == set(genotypes.DARTS_PRIMITIVES[1:])
+    assert all(abs(names.count(name) - 4000 / 7) < 100 for name in set(names))
+    assert len(set(inputs)) == 6 and all(abs(inputs.count(pair) - 500 / 6) < 40 for pair in set(inputs))
+    for bad in (["--random"], ["--random", "x"], ["--random", "-1"], ["--random", "1", "2"]):
+        assert genotypes.main(bad) == 2
+        assert "--random takes one seed" in capsys.readouterr().err
+
+
 def test_genotypes_are_written_as_darts_does(capsys):
     darts_v2 = ("Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), "
                 "('sep_conv_3x3', 1), ('skip_connect', 0), ('skip_connect', 0), ('dil_conv_3x3', 2)], "
@@ -1205,7 +1226,7 @@ def test_search_warns_of_sqrt_beta_alone(tmp_path, capsys):
 
 
 SEARCHED = [*SMALL, "--space", "s4", "--node_norm", "--larc", "--sqrt_beta", "--epochs", "4", "--batch_size", "64",
-            "--train_portion", "0.4"]                       # S4's noise needs its generator; unequal halves a cycled stream
+            "--train_portion", "0.4", "--keep_nets"]        # S4's noise needs its generator; unequal halves a cycled stream
 
 
 @pytest.fixture(scope="module")
@@ -1233,6 +1254,24 @@ def test_a_stopped_search_goes_on_to_the_same_end(tmp_path, whole_search, number
     assert program("search.py", "--resume", out)[2] == 0
     assert_same_runs(out, whole_search)
     assert (out / "genotype.json").read_bytes() == (whole_search / "genotype.json").read_bytes()
+    assert all(tensors_equal(*(torch.load(folder / f"net-{epoch}.pt", weights_only=True) for folder in (out, whole_search)))
+               for epoch in range(5))
+
+
+def test_kept_nets_are_those_of_every_epoch_and_change_nothing(tmp_path, capsys):
+    flags = [*SMALL, "--space", "s3", "--node_norm", "--epochs", "2"]
+    search.main([*flags, "--out", str(tmp_path / "without")])
+    search.main([*flags, "--out", str(tmp_path / "with"), "--keep_nets"])
+    assert_same_runs(tmp_path / "with", tmp_path / "without")
+    assert not list((tmp_path / "without").glob("net-*"))
+    nets = [torch.load(tmp_path / "with" / f"net-{epoch}.pt", weights_only=True) for epoch in range(3)]
+    torch.manual_seed(2)
+    assert tensors_equal(nets[0], dict(SuperNet(SPACES["s3"], 2, 3, node_norm=True).state_dict()))
+    assert nets[1]["alpha_normal"].tolist() == lines_of(tmp_path / "with")[0]["alpha_normal"]
+    assert tensors_equal(nets[2], torch.load(tmp_path / "with" / "checkpoint.pt", weights_only=True)["net"])
+    size = sum(path.stat().st_size for path in (tmp_path / "with").glob("net-*.pt"))
+    said = re.search(r"--keep_nets: 3 super-networks will take ([\d.]+) MB", capsys.readouterr().out)[1]
+    assert float(said) == pytest.approx(size / 1e6, rel=0.1)
 
 
 def test_a_diverged_search_ends_early_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -1523,6 +1562,376 @@ def test_bad_input_of_retraining_is_named(tmp_path, monkeypatch, arguments, said
     assert error.value.status == 2 and "\n" not in str(error.value)
 
 
+# ---------------------------------------------------------------- figures.py
+
+def slow_walk(net, images):
+    """The super-network edge by edge, nothing shared: of each cell its nodes, and of each edge (input, {name: output}, mixed)."""
+    s0 = s1 = net.stem(images)
+    cells = []
+    for kind, cell in zip(net.cell_types, net.cells):
+        beta = torch.softmax(net.alpha_normal if kind == "normal" else net.alpha_reduce, -1)
+        weights = beta.sqrt() if net.sqrt_beta else beta
+        nodes, edges = [cell.preprocess0(s0), cell.preprocess1(s1)], {}
+        for j in range(2, 6):
+            for i in range(j):
+                row, primitives = list(net.space[kind]).index((i, j)), net.space[kind][i, j]
+                outputs = {name: cell.edges[f"{i}->{j}"].ops[name](nodes[i]) for name in primitives if name != "none"}
+                edges[i, j] = (nodes[i], outputs,
+                               sum(weights[row, primitives.index(name)] * y for name, y in outputs.items()))
+            x_j = sum(edges[i, j][2] for i in range(j))
+            nodes.append(slow_norm(x_j) if isinstance(cell.normalize[j - 2], torch.nn.BatchNorm2d) else x_j)
+        cells.append((nodes, edges))
+        s0, s1 = s1, torch.cat(nodes[2:], 1)
+    return net.classifier(s1.mean((2, 3))), cells
+
+
+def slow_covariance(x, y):
+    """One channel after the other, in numpy."""
+    return np.mean([np.cov(a.flatten(), b.flatten(), bias=True)[0, 1]
+                    for a, b in zip(x.detach().transpose(0, 1).numpy(), y.detach().transpose(0, 1).numpy())])
+
+
+def tiny_net(space="darts", node_norm=True, sqrt_beta=True, layers=3):
+    """A super-network with alphas far from uniform, and a batch."""
+    torch.manual_seed(0)
+    net = SuperNet(SPACES[space], 4, layers, 10, node_norm, sqrt_beta, stem_multiplier=1)
+    with torch.no_grad():
+        for alpha in net.alphas:
+            alpha.copy_(torch.randn_like(alpha))
+    return net.train(), torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
+
+
+def test_looking_changes_nothing():
+    net, images, labels = tiny_net()
+    def gradients(forward):
+        loss = F.cross_entropy(forward(), labels)
+        return [loss.detach(), *torch.autograd.grad(loss, [*net.weights, *net.alphas])]
+    plain, logits = gradients(lambda: net(images)), []
+    modules = dict(net.named_modules())
+    del modules[""]
+    def watched():
+        seen = figures.capture(modules, lambda: logits.append(net(images)))
+        assert len(seen) > 100
+        return logits[0]
+    assert tensors_equal(gradients(watched), plain)
+    assert all(not module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("node_norm", [False, True])
+def test_figure_3_equals_brute_force(float64, node_norm):
+    net, images, _ = tiny_net(node_norm=node_norm, layers=4)
+    logits, cells = slow_walk(net, images)
+    torch.testing.assert_close(logits, net(images))
+    for layer in range(4):
+        expected = [slow_covariance(node, node) for node in cells[layer][0][2:]]
+        assert figures.node_variances(net, layer, images) == pytest.approx(expected)
+        assert not node_norm or expected == pytest.approx([1] * 4, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind, i, j", [("normal", 2, 4), ("normal", 0, 2), ("reduce", 1, 3), ("reduce", 2, 5)])
+@pytest.mark.parametrize("sqrt_beta", [False, True])
+def test_figure_6_equals_brute_force(float64, kind, i, j, sqrt_beta):
+    net, images, _ = tiny_net(sqrt_beta=sqrt_beta, layers=5)                              # cells N R N R N
+    x, outputs, mixed = slow_walk(net, images)[1][{"normal": 2, "reduce": 3}[kind]][1][i, j]
+    row = EDGES.index((i, j))
+    values = figures.mixed_variance(net, kind, row, images)
+    assert values["ratio"] == pytest.approx(slow_covariance(mixed, mixed) / slow_covariance(x, x))
+    assert values["variance"] == pytest.approx(slow_covariance(mixed, mixed))
+    np.testing.assert_allclose(values["covariances"], [[slow_covariance(a, b) for b in outputs.values()]
+                                                       for a in outputs.values()], atol=1e-12)
+    assert values["own"] + values["C"] == pytest.approx(values["variance"])              # Eq. 4
+    beta = torch.softmax(figures.alpha_of(net, kind)[row], 0).tolist()
+    for suffix, total in (("", 1), ("_without_none", 1 - beta[0])):
+        w = {name: (b / total) ** (0.5 if sqrt_beta else 1) for name, b in zip(genotypes.DARTS_PRIMITIVES, beta)}
+        own = sum(w[a] ** 2 * slow_covariance(y, y) for a, y in outputs.items())
+        C = sum(w[a] * w[b] * slow_covariance(y, z) for a, y in outputs.items() for b, z in outputs.items() if a != b)
+        assert (values[f"own{suffix}"], values[f"C{suffix}"]) == pytest.approx((own, C))
+    if sqrt_beta and (i, j) == (2, 4):                                                   # Eq. 6: 1, over all operations but none
+        assert values["own_without_none"] == pytest.approx(1, abs=1e-2) and values["own"] < 0.99
+
+
+@pytest.mark.parametrize("switches", [["--grad_clip", "0.01"], ["--larc"], ["--larc", "--larc_clip", "--larc_trust", "0.02"]])
+def test_figure_5_equals_a_step_of_the_optimizer(float64, switches):
+    net, images, labels = tiny_net()
+    args = search.parse(["--learning_rate", "0.1", *switches])
+    loss = F.cross_entropy(net(images), labels)
+    weights = {f"{i}->5": [*net.cells[0].edges[f"{i}->5"].ops["sep_conv_3x3"].parameters()] for i in range(5)}
+    sizes = {edge: [math.sqrt(sum((t ** 2).sum().item() for t in tensors))
+                    for tensors in (torch.autograd.grad(loss, w, retain_graph=True), w)] for edge, w in weights.items()}
+    measured = figures.sep_conv_gradients(net, 0, images, labels, args, lr=0.1)
+    before = {edge: [w.detach().clone() for w in tensors] for edge, tensors in weights.items()}
+    optimizer, _, _ = search.make_optimizers(net, args)
+    search.weight_step(net, optimizer, images, labels, no_autocast, args.grad_clip)      # its first: no momentum yet
+    assert measured.keys() == weights.keys()
+    for edge, (g, w) in sizes.items():
+        step = math.sqrt(sum(((a - b) ** 2).sum().item() for a, b in zip(weights[edge], before[edge])))
+        assert measured[edge] == pytest.approx([g, g / w, step / w])
+
+
+def test_figure_4_equals_a_loop_over_edges():
+    for space in ("darts", "s3"):
+        alphas = {kind: torch.randn(14, len(SPACES[space]["normal"][0, 2])).tolist() for kind in ("normal", "reduce")}
+        means = figures.none_per_node(SPACES[space], alphas)
+        for kind in ("normal", "reduce"):
+            for j in range(2, 6):
+                rows = [alphas[kind][EDGES.index((i, j))] for i in range(j)]
+                assert means[kind][str(j)] == pytest.approx(sum(math.exp(r[0]) / sum(map(math.exp, r)) for r in rows) / j)
+
+
+def test_kendall_tau_equals_a_loop_over_pairs():
+    for x, y in ((np.random.rand(7), np.random.rand(7)), ([1, 2, 2, 3], [5, 1, 4, 4])):
+        pairs = [(x[a] - x[b]) * (y[a] - y[b]) for a, b in itertools.combinations(range(len(x)), 2)]
+        expected = (sum(pair > 0 for pair in pairs) - sum(pair < 0 for pair in pairs)) / len(pairs)
+        assert figures.kendall_tau(x, y) == pytest.approx(expected)
+    assert figures.kendall_tau([1, 2, 3], [4, 5, 9]) == 1 and figures.kendall_tau([1, 2, 3], [9, 5, 4]) == -1
+
+
+class RiggedNet(torch.nn.Module):
+    """Class 1 for an image below the strength of the mixture: the accuracy of an operation alone grows with its strength."""
+
+    def __init__(self, space, strengths):
+        super().__init__()
+        self.space, self.sqrt_beta, self.strengths = space, False, strengths
+        self.alpha_normal, self.alpha_reduce = (torch.nn.Parameter(s.clone()) for s in strengths.values())
+        self.betas = lambda: {kind: torch.softmax(s, -1) for kind, s in
+                              (("normal", self.alpha_normal), ("reduce", self.alpha_reduce))}
+
+    def forward(self, images):
+        strength = sum((beta * self.strengths[kind]).sum() for kind, beta in self.betas().items()) / 28
+        right = images[:, 0, 0, 0] < strength
+        return torch.stack([~right, right], 1).float()
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_figure_2_on_a_rigged_super_network(monkeypatch, shuffled):
+    torch.manual_seed(0)
+    strengths = {kind: torch.stack([torch.randperm(8) - 3.5 for _ in range(14)]) for kind in ("normal", "reduce")}
+    net = RiggedNet(SPACES["darts"], strengths)
+    if shuffled:
+        for alpha in (net.alpha_normal, net.alpha_reduce):
+            alpha.data = torch.stack([row[torch.randperm(8)] for row in alpha.data])
+    images = torch.linspace(-10, 10, 20_000)[:, None, None, None].expand(-1, 3, 1, 1)
+    monkeypatch.setattr(figures, "load_net", lambda run, epoch: net)
+    monkeypatch.setattr(figures, "read_halves", lambda run: (None, None))
+    monkeypatch.setattr(figures, "accuracy", lambda net, half, limit: 100 * net(images).argmax(1).double().mean().item())
+    before = [net.alpha_normal.detach().clone(), net.alpha_reduce.detach().clone()]
+    numbers = figures.beta_and_accuracy(None, 10, [], SimpleNamespace(images=None, tune=None))
+    assert len(numbers["edges"]) == 28 and tensors_equal(before, [net.alpha_normal.data, net.alpha_reduce.data])
+    if not shuffled:
+        assert numbers["mean_tau"] == 1 and numbers["interval"] == [1, 1]
+    else:
+        taus = [edge["tau"] for edge in numbers["edges"].values()]
+        half_width = 1.96 * np.std(taus, ddof=1) / math.sqrt(28)
+        assert abs(numbers["mean_tau"]) < 0.25 and half_width > 0.05
+        assert numbers["interval"] == pytest.approx([np.mean(taus) - half_width, np.mean(taus) + half_width])
+
+
+@pytest.mark.parametrize("space, edge, sqrt_beta", [("darts", "normal:1-3", False), ("s1", "reduce:2-5", True)])
+def test_one_operation_alone_equals_brute_force(space, edge, sqrt_beta):
+    """Logits with one operation alone on an edge, against a network in which that operation stands there by itself."""
+    net, images, _ = tiny_net(space, sqrt_beta=sqrt_beta)
+    kind, row, primitives = figures.edge_row(SPACES[space], edge)
+    before = figures.alpha_of(net, kind).detach().clone()
+    with torch.no_grad():
+        measured = figures.discretization_accuracies(net, kind, row, range(len(primitives)), lambda net: net(images))
+        assert torch.equal(figures.alpha_of(net, kind), before)
+        i, j = edge.split(":")[1].split("-")
+        mixed = [cell.edges[f"{i}->{j}"] for cell, cell_type in zip(net.cells, net.cell_types) if cell_type == kind]
+        for name, logits in zip(primitives, measured):
+            for m in mixed:
+                m.forward = lambda x, beta, m=m: m.ops[name](x) if name != "none" else 0 * x[:, :, ::m.stride, ::m.stride]
+            torch.testing.assert_close(logits, net(images))
+    assert (measured[0] - measured[1]).abs().max() > 1e-3
+
+
+def test_accuracy_counts_images_with_running_statistics():
+    net, images, _ = tiny_net("s2")
+    for _ in range(15):
+        net(images)
+    half = data.load("digits", "unused", True).to(torch.device("cpu"), torch.channels_last)
+    pixels = (half.images[:700].float() / 255 - 0.3054) / 0.3753
+    with torch.no_grad():
+        right = (net.eval()(pixels.permute(0, 3, 1, 2)).argmax(1) == half.labels[:700]).sum().item()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    assert figures.accuracy(net.train(), half, 700) == pytest.approx(100 * right / 700, abs=0.3) and right > 0
+    assert tensors_equal(state, dict(net.state_dict()))
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Two finished searches with kept super-networks, DARTS-L2 and VS-DARTS, and one of another space, without."""
+    folder = tmp_path_factory.mktemp("kept")
+    small = [*SMALL, "--epochs", "2", "--limit", "400"]
+    search.main([*small, "--keep_nets", "--out", str(folder / "darts")])
+    search.main([*small, "--keep_nets", "--node_norm", "--larc", "--sqrt_beta", "--out", str(folder / "vs")])
+    search.main([*small, "--space", "s2", "--out", str(folder / "s2")])
+    return folder
+
+
+def test_tuning_equals_a_plain_loop(kept):
+    """Of weights only, on their half, by the search's SGD over a whole cosine."""
+    options = figures.make_parser().parse_args(["2", str(kept / "darts"), "--tune", "2"])
+    searched = figures.read_search(str(kept / "darts"), options)
+    net, plain = figures.load_net(searched, 2), figures.load_net(searched, 2)
+    figures.leave_one(net, "normal", 4, 5)
+    figures.tune(net, searched, 2)
+    plain.alpha_normal.data[4] = -1e9
+    plain.alpha_normal.data[4, 5] = 1e9
+    batches = data.Batches(data.load("digits", "unused", True).part(0, 200), 256, run.make_seed(2, "tune"))
+    optimizer = torch.optim.SGD(plain.weights, 0.025, 0.9, weight_decay=5e-3)
+    plain.train()
+    for epoch, rate in enumerate((0.025, 0.013)):
+        optimizer.param_groups[0]["lr"] = rate
+        for images, labels in batches.epoch(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(plain(images.contiguous(memory_format=torch.channels_last)), labels).backward()
+            torch.nn.utils.clip_grad_norm_(plain.weights, 5)
+            optimizer.step()
+    start = figures.load_net(searched, 2)
+    for a, b, before in zip(net.weights, plain.weights, start.weights):
+        torch.testing.assert_close(a, b)
+        assert not torch.equal(a, before)
+    assert torch.equal(net.alpha_reduce, start.alpha_reduce)
+
+
+def test_figures_follow_a_run_over_its_epochs(kept):
+    """The numbers of an epoch are those of its kept network on the first images of the half for alpha, not augmented."""
+    options = figures.make_parser().parse_args(["3", str(kept / "vs"), str(kept / "darts"), "--cell", "1"])
+    numbers = figures.figure3(options)["runs"]
+    split = data.load("digits", "unused", True).part(200, 400)
+    images = torch.stack([(image.double() / 255 - torch.tensor(split.spec.mean)) / torch.tensor(split.spec.std)
+                          for image in split.images]).permute(0, 3, 1, 2).float()
+    for name in ("vs", "darts"):
+        values = numbers[str(kept / name)]["variances"]
+        net = SuperNet(SPACES["darts"], 2, 3, node_norm=name == "vs", sqrt_beta=name == "vs")
+        for epoch in range(3):
+            net.load_state_dict(torch.load(kept / name / f"net-{epoch}.pt", weights_only=True))
+            nodes = slow_walk(net.train(), images)[1][1][0]
+            assert values[epoch] == pytest.approx([slow_covariance(node, node) for node in nodes[2:]], rel=1e-3)
+        assert len(values) == 3
+    rates = figures.figure5(figures.make_parser().parse_args(["5", str(kept / "vs")]))["runs"][str(kept / "vs")]
+    for lr, *steps in zip((0.025, 0.013, 0.001), *rates["relative_step"].values()):       # LARC: trust 1
+        assert all(0.6 * lr < step < 1.001 * lr for step in steps)                       # lr |g + b w| / (|g| + b |w|)
+
+
+@pytest.mark.parametrize("arguments", [["1", "VS_DARTS"], ["1", "NASNet_A"], ["1", "vs"], ["1", "vs/genotype.json"], ["3", "darts", "vs"],
+                                       ["2", "vs", "--images", "20", "--tune", "1", "--edge", "normal:0-2"], ["4", "darts", "vs"],
+                                       ["5", "darts", "vs"], ["6", "darts", "vs"], ["overview", "darts", "vs"], ["overview", "s2"]])
+def test_every_figure_is_drawn_with_its_numbers(kept, tmp_path, capsys, monkeypatch, arguments):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(kept)
+    figures.main([*arguments, "--out", str(tmp_path / "out")])
+    picture = Path(capsys.readouterr().out.splitlines()[-1])
+    assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
+    numbers = json.loads(picture.with_suffix(".json").read_text())
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([picture.name, picture.with_suffix(".json").name])
+    assert arguments[0] == "1" or numbers["runs"].keys() == set(arguments[1:]) & {"darts", "vs", "s2"}
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["3", "s2"], "s2 kept no super-networks: search again with --keep_nets"),
+    (["4", "darts", "s2"], "s2 has space s2 and darts darts: one space a figure"),
+    (["4", "s2"], "space s2 has no operation `none`"),
+    (["7", "darts"], "invalid choice: '7'"),
+    (["6", "darts", "--edge", "normal:3-2"], "--edge normal:3-2: there is no such edge"),
+    (["2", "darts", "--edge", "x"], "--edge x: there is no such edge"),
+    (["3", "darts", "--cell", "3"], "--cell 3: these super-networks have cells 0 to 2"),
+    (["4", "darts", "--epoch", "3"], "--epoch 3: darts has epochs 1 to 2"),
+    (["2", "darts", "--epoch", "3"], "--epoch 3: darts has epochs 0 to 2"),
+    (["1", "darts", "vs"], "figure 1 draws one cell"), (["1", "nothing"], "nothing is no published cell"),
+    (["1", "VS_DARTS", "--epoch", "1"], "--epoch is for a search"),
+    (["3", "nothing"], "nothing/config.json cannot be read"), (["3", "unfinished"], "unfinished is an unfinished search: finish it"),
+    (["overview", "darts", "--out", "darts/config.json"], "cannot write"),
+    (["table4", "darts"], "no finished run of retrain.py"), (["table1", "nothing"], "nothing is no run of retrain.py"),
+])
+def test_bad_input_of_figures_is_named(kept, tmp_path, monkeypatch, arguments, said):
+    for name in ("darts", "vs", "s2"):
+        shutil.copytree(kept / name, tmp_path / name)
+    shutil.copytree(kept / "vs", tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "genotype.json").unlink()
+    if "cannot write" in said:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setattr(figures, "new_figure", lambda *sizes: None)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(run.Exit, match=re.escape(said)) as error:
+        figures.main(arguments)
+    assert error.value.status == 2 and "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_matplotlib_nothing_is_computed(kept, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(figures.FIGURES, "3", (None, None))
+    with pytest.raises(run.Exit, match="drawing needs matplotlib: pip install matplotlib"):
+        figures.main(["3", str(kept / "vs")])
+
+
+def retrained(folder, genotype, error, *flags, finished=True):
+    """A folder as retrain.py leaves it."""
+    folder.mkdir(parents=True)
+    args = retrain.parse(["--genotype", str(genotype), "--dataset", "digits", "--out", str(folder), *flags])
+    (folder / "config.json").write_text(json.dumps({"program": "retrain.py", **vars(args), "processes": 1}))
+    if finished:
+        (folder / "result.json").write_text(json.dumps({"test_error": error, "parameters": 1_000_000 + round(100_000 * error)}))
+
+
+def searched(folder, seconds, *flags):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"program": "search.py", **vars(search.parse(["--out", str(folder), *flags]))}))
+    (folder / "log.jsonl").write_text("".join(json.dumps({"seconds": s, "device": "Tesla"}) + "\n" for s in seconds))
+    (folder / "genotype.json").write_text(genotypes.to_json(PUBLISHED["VS_DARTS"].genotype))
+
+
+def test_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    vs = ["--node_norm", "--larc", "--sqrt_beta"]
+    for seed, error in ((0, 3.0), (1, 4.0), (2, 5.0)):
+        searched(Path(f"vs{seed}"), [1800, 1800 * (seed + 1)], *vs, "--seed", str(seed))
+        retrained(Path(f"r-vs{seed}"), f"vs{seed}/genotype.json", error, "--seed", str(seed))
+    for name, flags in (("darts", ["--weight_decay", "3e-4"]), ("norm", ["--node_norm"]), ("trust", [*vs, "--larc_trust", "0.5"]),
+                        ("s2", [*vs, "--space", "s2"])):
+        searched(Path(name), [36], *flags)
+        retrained(Path(f"r-{name}"), f"{name}/genotype.json", 9.0)
+    retrained(Path("r-published"), "DARTS_V2", 2.0)
+    for seed in (1, 2):
+        retrained(Path(f"r-random{seed}"), f"cells/random{seed}.json", 6.0 + seed)
+    retrained(Path("r-unfinished"), "norm/genotype.json", 0.0, finished=False)
+    one_space = [name for name in sorted(os.listdir()) if name not in ("r-s2", "s2")]
+
+    figures.main(["table4", *one_space])
+    shown, errors = capsys.readouterr()
+    assert errors == "figures.py: r-unfinished is left out: it is not finished\n"
+    rows = {line.split(" | ")[0][2:]: line for line in shown.splitlines()[2:]}
+    assert list(rows)[:4] == ["DARTS-L2", "DARTS-L2 + node norm", "DARTS-L2 + node norm + LARC", "VS-DARTS"]
+    assert rows["DARTS-L2"] == "| DARTS-L2 | 2.91 | - | - | - |"
+    assert rows["DARTS-L2 + node norm"] == "| DARTS-L2 + node norm | 2.71 | 9.00 (9.00) | 1.900 | 0.01 h, Tesla |"
+    assert rows["VS-DARTS"] == "| VS-DARTS | 2.43 | 4.00 ± 1.00 (3.00 4.00 5.00) | 1.400 | 1.50 h, Tesla |"
+    assert rows["VS-DARTS, trust 0.5"].split(" | ")[2] == rows["DARTS"].split(" | ")[2] == "9.00 (9.00)"
+    assert rows["random"] == "| random | - | 7.50 ± 0.71 (7.00 8.00) | 1.750 | - |"
+
+    figures.main(["table1", *one_space])
+    rows = {line.split(" | ")[0][2:]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    assert rows["VS-DARTS (avg)"].endswith("| 4.00 ± 1.00 (3.00 4.00 5.00) | 1.400 | 1.50 h, Tesla |")
+    assert rows["VS-DARTS (best)"] == "| VS-DARTS (best) | 3.38 | 2.43 | 0.4 | 3.00 (3.00) | 1.300 | 1.00 h, Tesla |"
+    assert rows["DARTS, second order"] == "| DARTS, second order | 3.3 | 2.76 | 4.0 | 2.00 (2.00) | 1.200 | - |"
+    assert rows["P-DARTS"] == "| P-DARTS | 3.4 | 2.50 | 0.2 | - | - | - |" and "random" in rows
+
+    figures.main(["table3", "r-s2", "r-darts"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows[0] == "| cifar10 | s1 | DARTS | 3.84 | - | - | - |" and len(rows) == 26
+    assert "| digits | s2 | VS-DARTS | - | 9.00 (9.00) | 1.900 | 0.01 h, Tesla |" in rows
+
+    with pytest.raises(run.Exit, match="the cells are from the spaces darts, s2: one space a table"):
+        figures.main(["table4", "r-s2", "r-darts"])
+    retrained(Path("r-other"), "norm/genotype.json", 1.0, "--epochs", "7")
+    with pytest.raises(run.Exit, match="r-other has --epochs 7 and r-darts 30: one protocol a table"):
+        figures.main(["table4", "r-darts", "r-other"])
+    with pytest.raises(run.Exit, match="no finished run of retrain.py"):
+        figures.main(["table4", "r-unfinished"])
+
+
 # ---------------------------------------------------------------- several processes
 
 def joined(rank, world, port, path, work):
@@ -1766,7 +2175,7 @@ def readme_commands():
 
 
 def test_readme_commands_are_ones_the_programs_take():
-    parsers = {"search.py": search.make_parser(), "retrain.py": retrain.make_parser()}
+    parsers = {"search.py": search.make_parser(), "retrain.py": retrain.make_parser(), "figures.py": figures.make_parser()}
     seen = set()
     for command in readme_commands():
         script, *arguments = command.removeprefix("torchrun --nproc_per_node=8 ").removeprefix("python ").split()
