@@ -6,8 +6,8 @@
     python figures.py table4 RUN [RUN ...]          Markdown, from runs of retrain.py; so are table1 and table3
 
 A figure is a PNG with its numbers beside it as JSON. Figures 2, 3, 5 and 6 look at the super-networks that
-`search.py --keep_nets` keeps: on one batch of the half for alpha, always the same and not augmented, and with that
-batch's own statistics (figure 2: on that whole half, with running statistics, as the search validates).
+`search.py --keep_nets` keeps: on the first batch of the half for alpha, not augmented (figure 2: on that whole half), and
+always with the batch's own statistics, as Eq. 3 has them.
 """
 import argparse
 import json
@@ -26,8 +26,8 @@ from data import Batches, test_batches
 from genotypes import PUBLISHED, SPACES, load as load_genotype
 from larc import local_factors
 from model import OPS, ReLUFirst, SuperNet, mixing_weights
-from run import Exit, Parser, find_device, keep_settings, load_checkpoint, make_seed, metrics, number, precision, save, \
-    save_text, start
+from run import Exit, Parser, find_device, keep_settings, load_checkpoint, make_seed, metrics, number, precision, reason, \
+    save, save_text, start
 
 COLORS = dict(zip(["none", *OPS], ["0.6", "tab:olive", "gold", "tab:green", "tab:blue", "tab:cyan", "tab:purple", "tab:pink",
                                    "tab:red", "navy", "tab:brown", "tan", "black", "tab:orange"]))
@@ -44,12 +44,16 @@ class SearchRun(NamedTuple):
 
 def read_search(folder, options):
     """Raises Exit for what is no finished search. options: figures.py's own --data and --device, which win."""
-    own = [f"--{flag}={value}" for flag, value in vars(options).items() if flag in ("data", "device") and value is not None]
+    own = [f"--{flag}={getattr(options, flag)}" for flag in ("data", "device") if getattr(options, flag) is not None]
     args = keep_settings(search.make_parser(), Path(folder), own)
     if not (Path(folder) / "genotype.json").exists():
         command = shlex.join(["python", "search.py", "--resume", folder])
         raise Exit(f"{folder} is an unfinished search: finish it with `{command}`")
-    return SearchRun(folder, args, [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()])
+    try:
+        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise Exit(f"{folder}/log.jsonl cannot be read ({reason(error)})") from None
+    return SearchRun(folder, args, log)
 
 
 def read_searches(options, nets):
@@ -67,11 +71,15 @@ def method(args):
     """What the paper calls a search with these flags; a trust coefficient is named where it is not the default."""
     switches = [name for flag, name in (("node_norm", "node norm"), ("larc", "LARC"), ("sqrt_beta", "sqrt(beta)"))
                 if getattr(args, flag)]
-    name = "DARTS-L2" if args.weight_decay > 3e-4 else "DARTS"
-    name = "VS-DARTS" if len(switches) == 3 else " + ".join([name, *switches])
+    base = "DARTS" if args.weight_decay == 3e-4 else "DARTS-L2"
+    details = ["VS-DARTS" if len(switches) == 3 else " + ".join([base, *switches])]
+    if args.weight_decay not in (3e-4, 5e-3):
+        details.append(f"weight decay {args.weight_decay:g}")
     if args.larc and args.larc_trust != search.make_parser().get_default("larc_trust"):
-        name += f", trust {args.larc_trust:g}"
-    return name + (", clip" if args.larc and args.larc_clip else "")
+        details.append(f"trust {args.larc_trust:g}")
+    if args.larc and args.larc_clip:
+        details.append("clip")
+    return ", ".join(details)
 
 
 def load_net(run, epoch):
@@ -93,13 +101,13 @@ def read_halves(run):
 
 
 def over_epochs(run, measure):
-    """[measure(net, images, labels) after 0, 1, ... epochs], with the batch norms in training mode."""
+    """[measure(epoch, net, images, labels) after 0, 1, ... epochs], with the batch norms in training mode."""
     images, labels = next(test_batches(read_halves(run)[1], run.args.batch_size))
     values = []
     for epoch in range(run.args.epochs + 1):
         net = load_net(run, epoch).train()
         torch.manual_seed(0)                                # for S4's noise
-        values.append(measure(net, images, labels))
+        values.append(measure(epoch, net, images, labels))
     return values
 
 
@@ -161,30 +169,39 @@ def variance(x):
 # ---------------------------------------------------------------- figure 1: a cell as a graph
 
 def figure1(options):
-    """Figure 1: the edges of a cell, of a genotype or of a super-network: there, (i, j, strongest operation, its beta)."""
+    """Figure 1: a cell of a genotype, or of a super-network with every edge's strongest operation.
+
+    Its edges are (source, target, operation, beta); beta is 1 in a genotype.
+    """
     if len(options.runs) != 1:
         raise Exit("figure 1 draws one cell: give one name, genotype.json or run")
     name = options.runs[0]
-    if not Path(name).is_dir():
-        if options.epoch is not None:
-            raise Exit("--epoch is for a search: a genotype has none")
-        try:
-            genotype = load_genotype(name)
-        except ValueError as error:
-            raise Exit(str(error)) from None
-        cells = {kind: {"edges": [(i, j, operation, 1.0) for j, node in enumerate(getattr(genotype, kind), start=2)
-                                  for operation, i in node], "concat": getattr(genotype, f"{kind}_concat")}
-                 for kind in ("normal", "reduce")}
-        return {"title": name, "cells": cells}
-    run = read_search(name, options)
-    alphas, epoch = alphas_at(run, options)
+    if Path(name).is_dir():
+        run = read_search(name, options)
+        alphas, epoch = alphas_at(run, options)
+        return {"title": f"{name}: {method(run.args)}, epoch {epoch}; each edge's strongest operation, wider for a larger beta",
+                "cells": strongest_operations(SPACES[run.args.space], alphas)}
+    if options.epoch is not None:
+        raise Exit("--epoch is for a search: a genotype has none")
+    try:
+        return {"title": name, "cells": chosen_operations(load_genotype(name))}
+    except ValueError as error:
+        raise Exit(str(error)) from None
+
+
+def chosen_operations(genotype):
+    return {kind: {"edges": [(i, j, operation, 1.0) for j, node in enumerate(getattr(genotype, kind), start=2)
+                             for operation, i in node], "concat": getattr(genotype, f"{kind}_concat")}
+            for kind in ("normal", "reduce")}
+
+
+def strongest_operations(space, alphas):
     cells = {}
-    for kind, edges in SPACES[run.args.space].items():
-        beta = mixing_weights(torch.tensor(alphas[kind]))
-        cells[kind] = {"edges": [(i, j, *max(zip(primitives, row.tolist()), key=lambda pair: pair[1]))
-                                 for (i, j), primitives, row in zip(edges, edges.values(), beta)], "concat": (2, 3, 4, 5)}
-    return {"title": f"{name}: {method(run.args)}, epoch {epoch}; every edge's strongest operation, as wide as its beta",
-            "cells": cells}
+    for kind, edges in space.items():
+        cells[kind] = {"edges": [], "concat": (2, 3, 4, 5)}
+        for ((i, j), primitives), beta in zip(edges.items(), mixing_weights(torch.tensor(alphas[kind])).tolist()):
+            cells[kind]["edges"].append((i, j, primitives[np.argmax(beta)], max(beta)))
+    return cells
 
 
 def alphas_at(run, options):
@@ -244,8 +261,11 @@ def leave_one(net, kind, row, operation):
 
 @torch.no_grad()
 def accuracy(net, half, images):
-    """Accuracy in percent on the half for alpha, or its first images: not augmented, with running statistics."""
-    net.eval()
+    """Accuracy in percent on the half for alpha, or its first images: not augmented, normalized by batch, as in Eq. 3.
+
+    ruocwang/darts-pt 4ec3149 measures its accuracies so too. Running statistics would be those of another mixture.
+    """
+    net.train()
     torch.manual_seed(0)                                    # for S4's noise
     totals = sum(metrics(F.cross_entropy(logits, labels), logits, labels)
                  for batch, labels in test_batches(half.part(0, images), 512) for logits in [net(batch)])
@@ -361,7 +381,7 @@ def figure3(options):
     numbers = {}
     for run in read_searches(options, nets=True):
         layer = chosen_cell(load_net(run, 0), options)
-        values = over_epochs(run, lambda net, images, labels: node_variances(net, layer, images))
+        values = over_epochs(run, lambda epoch, net, images, labels: node_variances(net, layer, images))
         first, last = (" ".join(f"{v:.2f}" for v in values[k]) for k in (0, -1))
         numbers[run.folder] = {"method": method(run.args), "cell": layer, "variances": values,
                                "summary": f"variances of the nodes of cell {layer}: {first} untrained, {last} at the end"}
@@ -450,9 +470,9 @@ def figure5(options):
     numbers = {}
     for run in read_searches(options, nets=True):
         layer = chosen_cell(load_net(run, 0), options)
-        rates = iter([*(record["lr"] for record in run.log), run.args.learning_rate_min])
-        values = over_epochs(run, lambda net, images, labels: sep_conv_gradients(net, layer, images, labels, run.args,
-                                                                                 next(rates)))
+        rates = [*(record["lr"] for record in run.log), run.args.learning_rate_min]
+        values = over_epochs(run, lambda epoch, net, images, labels: sep_conv_gradients(net, layer, images, labels, run.args,
+                                                                                        rates[epoch]))
         if not values[0]:
             raise Exit(f"{run.folder}: space {run.args.space} has no sep_conv_3x3 on an edge into the last node")
         kinds = {name: {edge: [epoch[edge][k] for epoch in values] for edge in values[0]}
@@ -487,8 +507,9 @@ def mixed_variance(net, kind, row, images):
 
     ratio        variance of the mixed operation over that of its input (Figure 6a)
     covariances  Cov(o_i, o_j) of every pair of operations but `none`; on the diagonal the variances (Figure 6b)
-    own, C       the sums of Eq. 4 and 5: sum_o w_o^2 Cov(o, o) and sum_{i != j} w_i w_j Cov(o_i, o_j)
-    own_without_none, C_without_none: the same with the betas of the other operations scaled to the sum 1, as for Eq. 6
+    squares, C   the two sums of Eq. 4: over o of w_o^2 Cov(o, o), and over i != j of w_i w_j Cov(o_i, o_j), C of Eq. 5
+    squares_without_none, C_without_none: the same, the betas of the other operations scaled to a sum of 1. The first sum
+                 is the 1 of Eq. 6 only so: the variance of `none` is 0, and its beta is missing
     """
     mixed = list(net.cells[middle(net, kind)].edges.values())[row]
     modules = {name: op.body if isinstance(op, ReLUFirst) else op for name, op in mixed.ops.items()}
@@ -501,7 +522,7 @@ def mixed_variance(net, kind, row, images):
     values = {"ratio": variance(output) / variance(x), "variance": variance(output), "covariances": covariances.tolist()}
     for suffix, scale in (("", 1), ("_without_none", 1 / sum(beta.values()))):
         w = np.array([scale * b for b in beta.values()]) ** (0.5 if net.sqrt_beta else 1)
-        values[f"own{suffix}"] = float(w ** 2 @ covariances.diagonal())
+        values[f"squares{suffix}"] = float(w ** 2 @ covariances.diagonal())
         values[f"C{suffix}"] = float(w @ covariances @ w - w ** 2 @ covariances.diagonal())
     return values
 
@@ -513,12 +534,12 @@ def figure6(options):
         edges = {}
         for edge in chosen:
             kind, row, primitives = edge_row(SPACES[run.args.space], edge)
-            values = over_epochs(run, lambda net, images, labels: mixed_variance(net, kind, row, images))
-            edges[edge] = {"operations": [name for name in primitives if name != "none"],
+            values = over_epochs(run, lambda epoch, net, images, labels: mixed_variance(net, kind, row, images))
+            stride = 2 if edge.startswith(("reduce:0-", "reduce:1-")) else 1
+            edges[edge] = {"operations": [name for name in primitives if name != "none"], "stride": stride,
                            **{key: [value[key] for value in values] for key in values[0]}}
         summary = "; ".join(f"{edge} " + ", ".join(f"{text} {values[key][0]:.2f} untrained, {values[key][-1]:.2f} at the end"
-                                                   for key, text in (("ratio", "ratio"), ("C", "C"), ("own", "own"),
-                                                                     ("own_without_none", "own without none")))
+                                                   for key, text in (("ratio", "ratio"), ("C", "C")))
                             for edge, values in edges.items())
         numbers[run.folder] = {"method": method(run.args), "edges": edges, "summary": summary}
     return {"chosen": chosen, "runs": numbers}
@@ -533,20 +554,21 @@ def draw6(numbers):
         column[0].legend(fontsize=6)
         label(column[0], run, folder, "epoch", "variance of output / input")
         for edge, pairs, sums in zip(chosen, column[1::2], column[2::2]):
-            draw_pairs(pairs, run["edges"][edge], stride_2=edge.startswith("reduce:0") or edge.startswith("reduce:1"))
+            draw_pairs(pairs, run["edges"][edge])
             label(pairs, run, None, "epoch", f"covariances, {edge}")
-            for key, style in (("variance", "k-"), ("own", "b-"), ("C", "r-"), ("own_without_none", "b:"),
-                               ("C_without_none", "r:")):
-                sums.plot(run["edges"][edge][key], style, label=key.replace("_", " "))
+            for key, style, text in (("variance", "k-", "variance of the mixed operation"), ("squares", "b-", "first sum"),
+                                     ("C", "r-", "C"), ("squares_without_none", "b:", "first sum, none left out"),
+                                     ("C_without_none", "r:", "C, none left out")):
+                sums.plot(run["edges"][edge][key], style, label=text)
             label(sums, run, None, "epoch", f"Eq. 4, {edge}")
     for row in (1, 2):
         axes[row, 0].legend(fontsize=6)
     return figure
 
 
-def draw_pairs(ax, edge, stride_2):
+def draw_pairs(ax, edge):
     """Every pair's covariance over the epochs, by how many of its two operations have weights (at stride 2 the skip has)."""
-    weightless = {"max_pool_3x3", "avg_pool_3x3", "noise"} | (set() if stride_2 else {"skip_connect"})
+    weightless = {"max_pool_3x3", "avg_pool_3x3", "noise"} | (set() if edge["stride"] == 2 else {"skip_connect"})
     names, lines, labelled = edge["operations"], np.array(edge["covariances"]), set()
     for a in range(len(names)):
         for b in range(a):
