@@ -25,10 +25,12 @@ import search
 from data import Batches, test_batches
 from genotypes import PUBLISHED, SPACES, load as load_genotype
 from larc import local_factors
-from model import OPS, ReLUFirst, SuperNet, mixing_weights
+from model import OPS, ReLUFirst, mixing_weights
 from run import Exit, Parser, find_device, keep_settings, load_checkpoint, make_seed, metrics, number, precision, reason, \
     save, save_text, start
 
+METHODS = {"second_order": "DARTS, second order", "es": "DARTS-ES", "ada": "DARTS-ADA", "r_darts": "R-DARTS(L2)",
+           "perturbation": "DARTS+PT"}                      # of baselines.py, as the paper calls them
 COLORS = dict(zip(["none", *OPS], ["0.6", "tab:olive", "gold", "tab:green", "tab:blue", "tab:cyan", "tab:purple", "tab:pink",
                                    "tab:red", "navy", "tab:brown", "tan", "black", "tab:orange"]))
 
@@ -36,7 +38,7 @@ COLORS = dict(zip(["none", *OPS], ["0.6", "tab:olive", "gold", "tab:green", "tab
 # ---------------------------------------------------------------- runs
 
 class SearchRun(NamedTuple):
-    """A finished search: its folder as it was typed, its flags, the records of its log."""
+    """A finished search: its folder as it was typed, its flags (method: that of baselines.py, or None), its log's records."""
     folder: str
     args: argparse.Namespace
     log: list
@@ -44,22 +46,45 @@ class SearchRun(NamedTuple):
 
 def read_search(folder, options):
     """Raises Exit for what is no finished search. options: figures.py's own --data and --device, which win."""
-    own = [f"--{flag}={getattr(options, flag)}" for flag in ("data", "device") if getattr(options, flag) is not None]
-    args = keep_settings(search.make_parser(), Path(folder), own)
+    config = read_config(folder)
     if not (Path(folder) / "genotype.json").exists():
-        command = shlex.join(["python", "search.py", "--resume", folder])
+        command = shlex.join(["python", config["program"], *filter(None, [config.get("method")]), "--resume", folder])
         raise Exit(f"{folder} is an unfinished search: finish it with `{command}`")
+    log = [] if config.get("method") == "r_darts" else read_log(Path(folder) / "log.jsonl")
+    own = {flag: getattr(options, flag) for flag in ("data", "device") if getattr(options, flag) is not None}
+    if config.get("method") == "perturbation":              # the flags are those of the search it is about
+        searched = read_search(config["search"], options)
+        return SearchRun(folder, argparse.Namespace(**{**vars(searched.args), "method": "perturbation"}), log)
+    if config.get("method"):
+        return SearchRun(folder, argparse.Namespace(**{**config, **own}), log)
+    args = keep_settings(search.make_parser(), Path(folder), [f"--{flag}={value}" for flag, value in own.items()])
+    return SearchRun(folder, argparse.Namespace(**vars(args), method=None), log)
+
+
+def read_log(path):
     try:
-        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise Exit(f"{folder}/log.jsonl cannot be read ({reason(error)})") from None
-    return SearchRun(folder, args, log)
+        raise Exit(f"{path} cannot be read ({reason(error)})") from None
+
+
+def read_config(folder):
+    """The config.json of a run of search.py or baselines.py."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Exit(f"{folder}/config.json cannot be read ({reason(error)})") from None
+    if not isinstance(config, dict) or config.get("program") not in ("search.py", "baselines.py"):
+        raise Exit(f"{folder} is not a run of search.py or baselines.py")
+    return config
 
 
 def read_searches(options, nets):
     """All of options.runs, of one space; nets: only those with kept super-networks."""
     runs = [read_search(folder, options) for folder in options.runs]
     for run in runs:
+        if run.args.method in ("perturbation", "r_darts"):
+            raise Exit(f"{run.folder} is no single search ({run.args.method}): draw those that it is made of")
         if nets and not run.args.keep_nets:
             raise Exit(f"{run.folder} kept no super-networks: search again with --keep_nets (and another --out)")
         if run.args.space != runs[0].args.space:
@@ -71,8 +96,8 @@ def method(args):
     """What the paper calls a search with these flags; a trust coefficient is named where it is not the default."""
     switches = [name for flag, name in (("node_norm", "node norm"), ("larc", "LARC"), ("sqrt_beta", "sqrt(beta)"))
                 if getattr(args, flag)]
-    base = "DARTS" if args.weight_decay == 3e-4 else "DARTS-L2"
-    details = ["VS-DARTS" if len(switches) == 3 else " + ".join([base, *switches])]
+    base = METHODS.get(args.method) or ("DARTS" if args.weight_decay == 3e-4 else "DARTS-L2")
+    details = ["VS-DARTS" if len(switches) == 3 and not args.method else " + ".join([base, *switches])]
     if args.weight_decay not in (3e-4, 5e-3):
         details.append(f"weight decay {args.weight_decay:g}")
     if args.larc and args.larc_trust != search.make_parser().get_default("larc_trust"):
@@ -84,14 +109,13 @@ def method(args):
 
 def load_net(run, epoch):
     """The super-network after `epoch` epochs of the search; 0: untrained."""
-    args, state = run.args, load_checkpoint(Path(run.folder) / f"net-{epoch}.pt")
+    state = load_checkpoint(Path(run.folder) / f"net-{epoch}.pt")
     try:
-        net = SuperNet(SPACES[args.space], args.init_channels, args.layers, len(state["classifier.bias"]), args.node_norm,
-                       args.sqrt_beta, args.stem_multiplier)
+        net = search.make_net(run.args, len(state["classifier.bias"]))
         net.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError) as error:
         raise Exit(f"{run.folder}/net-{epoch}.pt holds no super-network of this run ({type(error).__name__})") from None
-    device = find_device(args.device)
+    device = find_device(run.args.device)
     return net.to(device, memory_format=precision(False, device)[1])
 
 
@@ -104,7 +128,7 @@ def over_epochs(run, measure):
     """[measure(epoch, net, images, labels) after 0, 1, ... epochs], with the batch norms in training mode."""
     images, labels = next(test_batches(read_halves(run)[1], run.args.batch_size))
     values = []
-    for epoch in range(run.args.epochs + 1):
+    for epoch in range(len(run.log) + 1):
         net = load_net(run, epoch).train()
         torch.manual_seed(0)                                # for S4's noise
         values.append(measure(epoch, net, images, labels))
@@ -311,9 +335,9 @@ def figure2(options):
     for edge in chosen:
         edge_row(SPACES[runs[0].args.space], edge)
     for run in runs:
-        epoch = run.args.epochs if options.epoch is None else options.epoch
-        if epoch > run.args.epochs:
-            raise Exit(f"--epoch {epoch}: {run.folder} has epochs 0 to {run.args.epochs}")
+        epoch = len(run.log) if options.epoch is None else options.epoch
+        if epoch > len(run.log):
+            raise Exit(f"--epoch {epoch}: {run.folder} has epochs 0 to {len(run.log)}")
         numbers[run.folder] = {"method": method(run.args), "epoch": epoch, **beta_and_accuracy(run, epoch, chosen, options)}
     return {"chosen": chosen, "runs": numbers}
 
@@ -706,11 +730,19 @@ def parameters(runs):
 
 def cost(runs):
     """Search hours, the mean over the searches, and the device."""
-    searches = {run.search.folder: run.search.log for run in runs if run.search}
+    searches = [every_record(folder) for folder in sorted({run.search.folder for run in runs if run.search})]
     if not searches:
         return "-"
-    hours = np.mean([sum(record["seconds"] for record in log) / 3600 for log in searches.values()])
-    return f"{hours:.2f} h, " + ", ".join(sorted({record.get("device", "?") for log in searches.values() for record in log}))
+    hours = np.mean([sum(record["seconds"] for record in records) / 3600 for records in searches])
+    return f"{hours:.2f} h, " + ", ".join(sorted({record.get("device", "?") for records in searches for record in records}))
+
+
+def every_record(folder):
+    """All records of a search, for its cost: of what it undid too, of all parts, and of the search that it goes on from."""
+    config, records = read_config(folder), []
+    for path in sorted(Path(folder).glob("**/log*.jsonl")):
+        records += read_log(path)
+    return records + (every_record(config["search"]) if config.get("method") == "perturbation" else [])
 
 
 def markdown(header, rows):
@@ -720,12 +752,12 @@ def markdown(header, rows):
 TABLE1 = (  # the paper's rows: name, parameters (M), error (%), cost (GPU days); then ours: methods and published cells
     ("NASNet-A", "3.3", "2.65", "2000", ["NASNet_A"]), ("ENAS", "4.6", "2.89", "0.5", ["ENAS"]),
     ("AmoebaNet-B", "2.8", "2.55", "3150", ["AmoebaNet_B"]), ("DARTS, first order", "3.3", "3.00", "1.5", ["DARTS", "DARTS_V1"]),
-    ("DARTS, second order", "3.3", "2.76", "4.0", ["DARTS_V2"]), ("SNAS", "2.8", "2.85 ± 0.30", "1.5", ["SNAS_moderate"]),
+    ("DARTS, second order", "3.3", "2.76", "4.0", ["DARTS, second order", "DARTS_V2"]), ("SNAS", "2.8", "2.85 ± 0.30", "1.5", ["SNAS_moderate"]),
     ("GDAS", "3.4", "2.93", "0.2", ["GDAS"]), ("P-DARTS", "3.4", "2.50", "0.2", ["P_DARTS"]),
-    ("PC-DARTS", "3.6", "2.57", "0.1", ["PC_DARTS"]), ("R-DARTS", "-", "2.95 ± 0.21", "1.6", []),
+    ("PC-DARTS", "3.6", "2.57", "0.1", ["PC_DARTS"]), ("R-DARTS", "-", "2.95 ± 0.21", "1.6", ["R-DARTS(L2)"]),
     ("FairDARTS", "3.3 ± 0.5", "2.54 ± 0.05", "0.4", ["FairDARTS_B"]), ("DARTS-", "3.5", "2.59 ± 0.08", "0.4", []),
     ("PR-DARTS", "3.4", "2.32", "0.17", ["PR_DARTS"]),
-    ("DARTS+PT", "3.0", "2.61 ± 0.08", "0.8", ["DARTS_PT_0", "DARTS_PT_1", "DARTS_PT_2", "DARTS_PT_3"]),
+    ("DARTS+PT", "3.0", "2.61 ± 0.08", "0.8", ["DARTS+PT", "DARTS_PT_0", "DARTS_PT_1", "DARTS_PT_2", "DARTS_PT_3"]),
     ("VS-DARTS (avg)", "3.4 ± 0.3", "2.50 ± 0.05", "0.4", ["VS-DARTS", "VS_DARTS", "VS_DARTS_2nd", "VS_DARTS_3rd"]))
 TABLE3 = {  # the paper's errors of DARTS and VS-DARTS, by data set and space
     "cifar10": {"s1": (3.84, 2.58), "s2": (4.85, 2.57), "s3": (3.34, 2.52), "s4": (7.20, 2.49)},

@@ -184,13 +184,13 @@ def evaluate(net, batches, device, autocast, look=lambda: None):
     return totals
 
 
-def train(genotype, args, run, rank, world):
-    """Trains a network to the last epoch; writes weights.pt and result.json."""
+def train(genotype, args, run, rank, world, read=read_data):
+    """Trains a network to the last epoch; writes weights.pt and result.json. read: what to train and test on, as read_data."""
     device = together(lambda: find_device(args.device))
     autocast, layout = precision(args.amp, device)
     download_first(args, world)
-    batches, classes, side = together(lambda: read_data(args, True, device, layout, rank, world))
-    test, _, _ = together(lambda: read_data(args, False, device, layout, rank, world))
+    batches, classes, side = together(lambda: read(args, True, device, layout, rank, world))
+    test, _, _ = together(lambda: read(args, False, device, layout, rank, world))
     counts = together(lambda: count(genotype, args, classes, side))
 
     torch.manual_seed(args.seed)

@@ -81,6 +81,11 @@ def read_halves(args, device, layout):
     return split.part(0, cut), split.part(cut, None)
 
 
+def make_net(args, classes):
+    return SuperNet(SPACES[args.space], args.init_channels, args.layers, classes, args.node_norm, args.sqrt_beta,
+                    args.stem_multiplier)
+
+
 def make_optimizers(net, args):
     """(optimizer of w, optimizer of alpha, schedule of the first): SGD or LARC, Adam, and a cosine over the epochs."""
     sgd = {"lr": args.learning_rate, "momentum": args.momentum, "weight_decay": args.weight_decay}
@@ -94,8 +99,12 @@ def make_optimizers(net, args):
     return w_optimizer, alpha_optimizer, scheduler
 
 
-def search(args, run):
-    """The whole search, or the rest of a resumed one. Returns the trained super-network."""
+def search(args, run, other_alpha_step=None, look=None, stop=None):
+    """The whole search, or the rest of a resumed one. Returns the trained super-network.
+
+    For baselines.py: another alpha step; look(net, w_optimizer, valid_batch), what more to log of an epoch; stop(), asked
+    before every epoch.
+    """
     device = find_device(args.device)
     autocast, layout = precision(args.amp, device)
     w_half, alpha_half = read_halves(args, device, layout)
@@ -104,8 +113,7 @@ def search(args, run):
     held_out = Batches(alpha_half, args.batch_size, make_seed(args.seed, "validation"))
 
     torch.manual_seed(args.seed)
-    net = SuperNet(SPACES[args.space], args.init_channels, args.layers, w_half.classes, args.node_norm, args.sqrt_beta,
-                   args.stem_multiplier).to(device, memory_format=layout)
+    net = make_net(args, w_half.classes).to(device, memory_format=layout)
     w_optimizer, alpha_optimizer, scheduler = make_optimizers(net, args)
     run.begin({"net": net, "w_optimizer": w_optimizer, "alpha_optimizer": alpha_optimizer, "scheduler": scheduler})
     run.say(f"{args.dataset}: {len(w_half.labels)} images for w, {len(alpha_half.labels)} for alpha; "
@@ -116,13 +124,18 @@ def search(args, run):
         run.say(f"--keep_nets: {args.epochs + 1} super-networks will take {megabytes:.1f} MB in {run.folder}")
 
     for epoch in range(run.epoch, args.epochs):
+        if stop and stop():
+            break
         started, lr = time.time(), w_optimizer.param_groups[0]["lr"]
         torch.manual_seed(make_seed(args.seed, "noise", epoch))  # S4's: a function of seed and epoch alone
         net.train()
         totals = torch.zeros(4, device=device)
         valid_batches = valid.range(epoch * train.steps, (epoch + 1) * train.steps)
         for step, (train_batch, valid_batch) in enumerate(zip(train.epoch(epoch), valid_batches)):
-            alpha_step(net, alpha_optimizer, *valid_batch, autocast)
+            if other_alpha_step:
+                other_alpha_step(net, alpha_optimizer, valid_batch, train_batch, w_optimizer, autocast)
+            else:
+                alpha_step(net, alpha_optimizer, *valid_batch, autocast)
             loss, logits = weight_step(net, w_optimizer, *train_batch, autocast, args.grad_clip)
             totals += metrics(loss, logits, train_batch[1])
             run.step(step, train.steps, totals)
@@ -130,7 +143,8 @@ def search(args, run):
         seconds = time.time() - started
         scheduler.step()
         record = {"epoch": epoch, "lr": lr, **describe_epoch(net, totals, evaluate(net, held_out, epoch, autocast, run)),
-                  "images/s": 2 * totals[3].item() / seconds, "seconds": time.time() - started, "device": device_name(device)}
+                  "images/s": 2 * totals[3].item() / seconds, "seconds": time.time() - started, "device": device_name(device),
+                  **(look(net, w_optimizer, valid_batch) if look else {})}
         if args.keep_nets:                                  # before the checkpoint: a resumed run lacks none
             keep_net(net, run.folder, epoch + 1)
         run.end_epoch(record)
@@ -184,8 +198,8 @@ def epoch_line(record):
 
 # ---------------------------------------------------------------- the command
 
-def make_parser():
-    parser = Parser("search.py", description=__doc__)
+def make_parser(program="search.py", description=__doc__):
+    parser = Parser(program, description=description)
     add = parser.add_argument
     add("--dataset", default="cifar10", choices=[name for name in DATASETS if name != "imagenet"],
         help="default %(default)s: section 5.1")
@@ -228,13 +242,14 @@ def make_parser():
     return parser
 
 
-def parse(arguments):
+def parse(arguments, parser=None, method="darts_l2"):
     """The flags, checked against each other, with the run folder's name filled in."""
-    args = make_parser().parse_args(arguments)
+    parser = parser or make_parser()
+    args = parser.parse_args(arguments)
     if args.resume is not None:
-        args = keep_settings(make_parser(), Path(args.resume), arguments)
+        args = keep_settings(parser, Path(args.resume), arguments)
     switches = [flag for flag in ("node_norm", "larc", "sqrt_beta") if getattr(args, flag)]
-    args.out = args.out or f"runs/{args.dataset}-{args.space}-{'+'.join(switches) or 'darts_l2'}-{args.seed}"
+    args.out = args.out or f"runs/{args.dataset}-{args.space}-{'+'.join(switches) or method}-{args.seed}"
     if args.learning_rate_min > args.learning_rate:
         raise Exit(f"--learning_rate_min {args.learning_rate_min} is above --learning_rate {args.learning_rate}")
     if args.sqrt_beta and not args.node_norm:
@@ -257,7 +272,10 @@ def main(arguments):
     command = shlex.join(["python", "search.py", "--resume", args.out])
     run = Run("search.py", args, "genotype.json", f"`{command}`")
     net = search(args, run)
-    genotype = derive(net.space, net.betas())
+    finish(args, run, derive(net.space, net.betas()))
+
+
+def finish(args, run, genotype):
     save_text(run.result, to_json(genotype))
     run.say(f"{run.result}\n{describe(genotype)}\n  in DARTS's notation, for a fork's genotypes.py:\n{darts_notation(genotype)}\n"
             f"{retrain_command(args, run.result)}")

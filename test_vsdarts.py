@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
+import baselines
 import data
 import figures
 import genotypes
@@ -1937,6 +1938,343 @@ def test_tables(tmp_path, monkeypatch, capsys):
         figures.main(["table4", "r-darts", "r-other"])
     with pytest.raises(run.Exit, match="no finished run of retrain.py"):
         figures.main(["table4", "r-unfinished"])
+
+
+# ---------------------------------------------------------------- baselines.py
+
+def small_flags(*flags):
+    return ["--dataset", "digits", "--device", "cpu", "--layers", "3", "--init_channels", "2", "--batch_size", "32", "--limit", "128",
+            "--space", "s2", *flags]
+
+
+@pytest.mark.parametrize("flags", [[], ["--larc"], ["--larc", "--larc_clip", "--larc_trust", "0.02"]])
+def test_second_order_equals_double_backward(float64, monkeypatch, flags):
+    """The finite difference against the exact derivative through the virtual step; LARC's factors are constants.
+
+    The network is made smooth: a ReLU's kinks, which it may cross, would hide that the error falls as epsilon squared.
+    """
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.softplus(x))
+    net, images, labels = tiny_net("s2")
+    args = search.parse(["--learning_rate", "0.1", *flags])
+    optimizer, _, _ = search.make_optimizers(net, args)
+    search.weight_step(net, optimizer, images, labels, no_autocast, 5.0)                 # so that there is momentum
+    train, valid = (images, labels), (torch.randn_like(images), torch.randint(10, labels.shape))
+    names = [name for name, _ in net.named_parameters() if "alpha" not in name]
+    assert all(dict(net.named_parameters())[name] is w for name, w in zip(names, net.weights))
+    g = torch.autograd.grad(F.cross_entropy(net(train[0]), train[1]), net.weights, create_graph=True)
+    moved = {}
+    for name, w, gradient in zip(names, net.weights, g):
+        d = gradient + 5e-3 * w
+        ratio = (args.larc_trust * w.norm() / (gradient.norm() + 5e-3 * w.norm() + 1e-8)).detach()
+        factor = 1 if not args.larc else min(ratio / 0.1, 1) if args.larc_clip else ratio
+        moved[name] = w - 0.1 * (0.9 * optimizer.state[w]["momentum_buffer"] + factor * d)
+    exact = torch.autograd.grad(F.cross_entropy(torch.func.functional_call(net, moved, (valid[0],)), valid[1]), net.alphas)
+    first_order = torch.autograd.grad(F.cross_entropy(net(valid[0]), valid[1]), net.alphas)
+    errors = []
+    for epsilon in (1e-2, 1e-3):
+        found = baselines.second_order_gradient(net, optimizer, valid, train, no_autocast, epsilon)
+        errors.append(max((a - b).abs().max() for a, b in zip(found, exact)))
+    size = max(a.abs().max() for a in exact)
+    assert errors[1] < 1e-3 * size and 90 < errors[0] / errors[1] < 110
+    assert max((a - b).abs().max() for a, b in zip(first_order, exact)) > 100 * errors[1]
+
+
+def test_the_second_order_step_moves_alphas_only():
+    net, images, labels = tiny_net("s2")
+    w_optimizer, alpha_optimizer, _ = search.make_optimizers(net, search.parse([]))
+    search.weight_step(net, w_optimizer, images, labels, no_autocast, 5.0)
+    def everything():
+        return {**{name: value.clone() for name, value in net.state_dict().items() if "alpha" not in name},
+                **{f"momentum {k}": w_optimizer.state[w]["momentum_buffer"].clone() for k, w in enumerate(net.weights)}}
+    before, alphas = everything(), [alpha.detach().clone() for alpha in net.alphas]
+    baselines.second_order_step(net, alpha_optimizer, (images, labels), (images, labels), w_optimizer, no_autocast)
+    assert tensors_equal(before, everything())
+    assert not any(torch.equal(a, b) for a, b in zip(net.alphas, alphas))
+
+
+def test_eigenvalue_equals_that_of_the_full_hessian(float64):
+    net, images, labels = tiny_net("s2")
+    images, labels = images[:6], labels[:6]
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    def loss(alphas):
+        values = {"alpha_normal": alphas[:28].view(14, 2), "alpha_reduce": alphas[28:].view(14, 2)}
+        return F.cross_entropy(torch.func.functional_call(net, values, (images,)), labels)
+    H = torch.autograd.functional.hessian(loss, torch.cat([alpha.detach().flatten() for alpha in net.alphas]))
+    net.load_state_dict(state)
+    found = baselines.largest_eigenvalue(net, images, labels, no_autocast, steps=300, tolerance=1e-6)
+    assert found == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=1e-2)
+    assert tensors_equal(state, dict(net.state_dict()))
+
+
+@pytest.mark.parametrize("values", [(3.0, 1.0, -2.0), (-5.0, 2.0, 1.0), (-3.0, -1.0, -2.0)])
+def test_the_largest_eigenvalue_may_not_be_the_largest_in_size(monkeypatch, float64, values):
+    Q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))).Q
+    H = Q @ torch.diag(torch.tensor(values)) @ Q.T
+    net = SimpleNamespace(alphas=[torch.randn(2, requires_grad=True), torch.randn(1, requires_grad=True)])
+    monkeypatch.setattr(baselines, "loss_at", lambda net, *rest: torch.cat(net.alphas) @ H @ torch.cat(net.alphas) / 2)
+    assert baselines.largest_eigenvalue(net, None, None, no_autocast, 1000, 1e-12) == pytest.approx(max(values), rel=1e-3)
+
+
+def test_alarm_on_made_up_eigenvalues():
+    """Averages of two: 1, 1, 1, 1, 1.5, 3, 6: below 3/4 of today's two epochs before from the fifth on."""
+    values = [1, 1, 1, 1, 2, 4, 8]
+    alarms = [baselines.alarm(values[:n], window=2, ratio=0.75, first=3) for n in range(len(values) + 1)]
+    assert alarms == [None, None, None, None, None, 3, 4, 5]
+    assert [baselines.alarm(values[:n], 2, 0.75, first=7) for n in (6, 7)] == [None, 5]
+    assert baselines.alarm([1] * 20, 5, 0.75, 10) is None and baselines.alarm([-1.0] * 3 + [2.0] * 9, 2, 0.75, 3) is None
+    assert baselines.alarm([1, 100, 100], 2, 0.75, 1) == 1
+
+
+def interrupt_after(epochs, monkeypatch):
+    """As a signal would, between two steps after so many epochs in this process."""
+    end_epoch, done = run.Run.end_epoch, []
+    def counted(self, record, **state):
+        end_epoch(self, record, **state)
+        done.append(record)
+        if len(done) == epochs:
+            run.stop = signal.SIGTERM
+    monkeypatch.setattr(run.Run, "end_epoch", counted)
+
+
+def all_logs(folder):
+    return {path.relative_to(folder): [{key: value for key, value in json.loads(line).items() if key not in ("seconds", "images/s")}
+                                       for line in path.read_text().splitlines()] for path in sorted(folder.glob("**/log*.jsonl"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    search.main(small_flags("--epochs", "1", "--node_norm", "--out", str(out)))
+    return out
+
+
+def made_up_eigenvalues(args):
+    """They grow as the learning rate falls, so that they depend on the epoch alone."""
+    return lambda net, w_optimizer, batch: {"eigenvalue": w_optimizer.param_groups[0]["lr"] ** -2,
+                                            "weight_decay": w_optimizer.param_groups[0]["weight_decay"]}
+
+
+@pytest.mark.parametrize("method", ["second_order", "es", "ada", "perturbation", "r_darts"])
+def test_a_stopped_baseline_goes_on_to_the_same_end(tmp_path, monkeypatch, finished, method):
+    monkeypatch.setattr(baselines, "look_at_hessian", made_up_eigenvalues)
+    flags = {"second_order": small_flags("--epochs", "3"), "es": small_flags("--epochs", "6", "--window", "1", "--first", "2"),
+             "ada": small_flags("--epochs", "6", "--window", "1", "--first", "2"),
+             "r_darts": small_flags("--epochs", "2", "--train_epochs", "2", "--train_channels", "2", "--train_layers", "3"),
+             "perturbation": [str(finished), "--tune_epochs", "1"]}[method]
+    baselines.main([method, *flags, "--out", str(tmp_path / "whole")])
+    command = [method, *flags, "--out", str(tmp_path / "parts")]
+    with monkeypatch.context() as patch:
+        interrupt_after({"r_darts": 5, "perturbation": 11, "es": 1}.get(method, 2), patch)
+        with pytest.raises(run.Exit, match=re.escape(f"resume with `python baselines.py {method} --resume")) as error:
+            baselines.main(command)
+        assert error.value.status == 128 + signal.SIGTERM
+    run.stop = None
+    with pytest.raises(run.Exit, match=re.escape(f"resume with `python baselines.py {method} --resume")):
+        baselines.main(command)
+    baselines.main([method, "--resume", str(tmp_path / "parts")])
+    assert all_logs(tmp_path / "whole") == all_logs(tmp_path / "parts")
+    assert (tmp_path / "whole" / "genotype.json").read_text() == (tmp_path / "parts" / "genotype.json").read_text()
+    checkpoints = list((tmp_path / "whole").glob("**/*.pt"))
+    assert checkpoints
+    for path in checkpoints:
+        other = tmp_path / "parts" / path.relative_to(tmp_path / "whole")
+        assert tensors_equal(torch.load(path, weights_only=True), torch.load(other, weights_only=True)), path
+    with pytest.raises(run.Exit, match="holds a finished run"):
+        baselines.main([method, *flags, "--out", str(tmp_path / "whole")])
+
+
+def test_es_stops_and_returns_to_the_epoch_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "look_at_hessian", made_up_eigenvalues)
+    out = tmp_path / "run"
+    baselines.main(["es", *small_flags("--epochs", "8", "--window", "2", "--first", "3", "--ratio", "0.6", "--out", str(out))])
+    records = lines_of(out)
+    rates = [0.001 + 0.012 * (1 + math.cos(math.pi * e / 8)) for e in range(9)]
+    averages = [rates[1] ** -2] + [(rates[e] ** -2 + rates[e + 1] ** -2) / 2 for e in range(1, 8)]   # after epochs 1, 2, ...
+    stopped = next(e for e in range(3, 9) if averages[e - 3] / averages[e - 1] < 0.6)
+    assert len(records) == stopped < 8 and [r["eigenvalue"] for r in records] == pytest.approx([r ** -2 for r in rates[1:stopped + 1]])
+    written = genotypes.load(str(out / "genotype.json"))
+    assert json.loads(json.dumps(written._asdict())) == records[stopped - 3]["genotype"]
+
+
+def test_ada_goes_back_and_raises_the_weight_decay(tmp_path, monkeypatch, capsys):
+    """Both alarms go back to one epoch: the end is that of a search which there turns to 0.03, all else the same."""
+    monkeypatch.setattr(baselines, "look_at_hessian", made_up_eigenvalues)
+    flags = small_flags("--epochs", "6", "--weight_decay", "3e-4")
+    baselines.main(["ada", *flags, "--window", "1", "--first", "2", "--out", str(tmp_path / "ada")])
+    said = re.findall(r"alarm after (\d+) epochs: back to (\d+), with weight decay ([\d.]+)", capsys.readouterr().out)
+    assert [decay for _, _, decay in said] == ["0.003", "0.03"] and len({(a, b) for a, b, _ in said}) == 1
+    stopped, back = int(said[0][0]), int(said[0][1])
+    decays = [record["weight_decay"] for record in lines_of(tmp_path / "ada")]
+    assert decays == [3e-4] * back + [0.03] * (6 - back) and stopped == back + 1
+    logs = all_logs(tmp_path / "ada")
+    assert [record["weight_decay"] for record in logs[Path("log-before-0.03.jsonl")]] == [0.003] * (stopped - back)
+    assert [record["epoch"] for record in logs[Path("log-before-0.003.jsonl")]] == list(range(back, stopped))
+
+    def turn(net, w_optimizer, batch):
+        if len(plain.log) + 1 == back:
+            w_optimizer.param_groups[0]["weight_decay"] = 0.03
+        return {}
+    args = search.parse([*flags, "--out", str(tmp_path / "plain")])
+    plain = run.Run("search.py", args, "genotype.json", "")
+    search.search(args, plain, look=turn)
+    first, second = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("ada", "plain"))
+    assert tensors_equal(first, second)
+
+
+def test_r_darts_keeps_the_cell_of_the_lowest_validation_error(tmp_path, monkeypatch):
+    errors = {"weight_decay-0.0003": 30.0, "weight_decay-0.0009": 20.0, "weight_decay-0.0027": 20.0, "weight_decay-0.0081": 25.0}
+    monkeypatch.setattr(baselines, "train_briefly", lambda genotype, args, folder: errors[folder.parent.name])
+    baselines.main(["r_darts", *small_flags("--epochs", "1", "--out", str(tmp_path / "run"))])
+    assert json.loads((tmp_path / "run" / "validation.json").read_text()) == {name[13:]: e for name, e in errors.items()}
+    assert genotypes.load(str(tmp_path / "run" / "genotype.json")) == genotypes.load(str(tmp_path / "run" / "weight_decay-0.0009" / "genotype.json"))
+    for name in errors:
+        assert json.loads((tmp_path / "run" / name / "config.json").read_text())["weight_decay"] == float(name[13:])
+
+
+def test_brief_training_sees_the_training_split_only(tmp_path, monkeypatch):
+    """It trains on the half for w and is tested, not augmented, on the half for alpha."""
+    seen, opened = [], []
+    monkeypatch.setattr(retrain, "train", lambda genotype, options, run, rank, world, read: seen.append((options, read)))
+    monkeypatch.setattr(search, "load", lambda *args: opened.append(args[2]) or data.load(*args))
+    args = search.parse(small_flags("--weight_decay", "0.1"), baselines.searching("r_darts"), "r_darts")
+    (tmp_path / "trained").mkdir()
+    with pytest.raises(FileNotFoundError):                  # no result.json: nothing was trained here
+        baselines.train_briefly(PUBLISHED["VS_DARTS"].genotype, args, tmp_path / "trained")
+    (options, read), = seen
+    assert options.weight_decay == 3e-4 and options.epochs == 100                        # retraining's protocol, not the search's
+    batches, classes, side = read(options, True, torch.device("cpu"), torch.contiguous_format, 0, 1)
+    tested, _, _ = read(options, False, torch.device("cpu"), torch.contiguous_format, 0, 1)
+    split = data.load("digits", "unused", True)
+    assert torch.equal(batches.split.images, split.images[:64]) and (classes, side) == (10, 8) and opened == [True, True]
+    assert torch.equal(torch.cat([images for images, _ in tested()]), data.normalize(split.images[64:128], split.spec))
+
+
+TWO_EDGES = {kind: {(0, 2): ("noise", "sep_conv_3x3"), (1, 2): ("noise", "sep_conv_3x3")} for kind in ("normal", "reduce")}
+
+
+def test_perturbation_keeps_what_the_network_needs():
+    """Two edges, noise or a convolution on each: a trained network cannot do without the convolution."""
+    torch.manual_seed(0)
+    net = SuperNet(TWO_EDGES, 4, 3, node_norm=True, sqrt_beta=True)
+    optimizer = torch.optim.SGD(net.weights, 0.05, 0.9)
+    split = data.load("digits", "unused", True)
+    for epoch in range(5):
+        for images, labels in data.Batches(split, 64, 0).epoch(epoch):
+            search.weight_step(net, optimizer, images, labels, no_autocast, 5.0)
+    decisions, batch = baselines.Decisions(net), [next(data.test_batches(split, 512))]
+    def accuracy(zeroed):
+        return baselines.accuracy_without(net, decisions, zeroed, batch, no_autocast, lambda: None)
+    for kind in ("normal", "reduce"):
+        for row in (0, 1):
+            record = baselines.decide_operation(TWO_EDGES, kind, row, decisions, accuracy)
+            assert record["kept"] == "sep_conv_3x3" and record["edge"] == (row, 2)
+            assert record["accuracies"]["sep_conv_3x3"] < record["accuracies"]["noise"]
+    assert decisions.normal.tolist() == decisions.reduce.tolist() == [[0, 1], [0, 1]]
+    assert baselines.decided_genotype(TWO_EDGES, decisions).normal == ((("sep_conv_3x3", 0), ("sep_conv_3x3", 1)),)
+
+
+def test_decisions_take_the_place_of_beta():
+    net, images, labels = tiny_net(sqrt_beta=True)
+    plain = SuperNet(SPACES["darts"], 4, 3, 10, True, True, stem_multiplier=1)
+    plain.load_state_dict(net.state_dict())
+    decisions = baselines.Decisions(net)
+    decisions.normal[3], decisions.reduce[7] = torch.eye(8)[4], torch.zeros(8)
+    for zeroed in (None, ("normal", 5, 2), ("reduce", 5, None)):
+        s0 = s1 = plain.stem(images)
+        for kind, cell in zip(plain.cell_types, plain.cells):
+            beta = mixing_weights(figures.alpha_of(plain, kind), True).detach().clone()
+            if kind == "normal":
+                beta[3] = torch.tensor([0, 0, 0, 0, 1.0, 0, 0, 0])
+                if zeroed == ("normal", 5, 2):
+                    beta[5, 2] = 0
+            else:
+                beta[7] = 0
+                if zeroed == ("reduce", 5, None):
+                    beta[5] = 0
+            s0, s1 = s1, cell(s0, s1, beta)
+        logits = plain.classifier(s1.mean((2, 3)))
+        decisions.zeroed = zeroed
+        assert torch.equal(net(images), logits)
+        expected = 100 * (logits.argmax(1) == labels).double().mean().item()
+        assert baselines.accuracy_without(net, decisions, zeroed, [(images, labels)], no_autocast, lambda: None) == pytest.approx(expected)
+        assert decisions.zeroed is None
+    F.cross_entropy(net(images), labels).backward()
+    assert net.alpha_normal.grad[3].abs().sum() == 0 < net.alpha_normal.grad[4].abs().sum()
+
+
+def test_inputs_and_operations_are_decided_by_accuracy():
+    decisions = baselines.Decisions(tiny_net("s3")[0])
+    without = {("normal", EDGES.index((i, 5)), None): accuracy for i, accuracy in enumerate((50, 70, 70, 60, 40))}
+    record = baselines.decide_inputs(SPACES["s3"], "normal", 5, decisions, without.get)
+    assert record["kept"] == [0, 4] and record["accuracies"][0] == {0: 50, 1: 70, 2: 70, 3: 60, 4: 40}
+    assert list(record["accuracies"][1]) == [0, 1, 3, 4] and list(record["accuracies"][2]) == [0, 3, 4]  # 2 goes, then 1, then 3
+    accuracies = {("reduce", 6, 0): 30, ("reduce", 6, 1): 20, ("reduce", 6, 2): 20}
+    assert baselines.decide_operation(SPACES["s3"], "reduce", 6, decisions, accuracies.get)["kept"] == "skip_connect"
+    decisions.normal[:9], decisions.reduce[:] = torch.eye(3)[2], torch.eye(3)[0]                          # `none` everywhere
+    decisions.normal[EDGES.index((0, 5))] = decisions.normal[EDGES.index((4, 5))] = torch.eye(3)[1]
+    cell = baselines.decided_genotype(SPACES["s3"], decisions)
+    assert cell.normal[3] == (("skip_connect", 0), ("skip_connect", 4)) and cell.normal[0] == (("sep_conv_3x3", 0), ("sep_conv_3x3", 1))
+    assert {name for node in cell.reduce for name, _ in node} == {"skip_connect"}
+    assert baselines.same_choices(cell, cell) == len({(j, *pair) for j, node in enumerate(cell.normal) for pair in node}) + \
+        len({(j, *pair) for j, node in enumerate(cell.reduce) for pair in node})
+    rows, nodes = baselines.orders(SPACES["s3"], 2)["normal"]
+    assert sorted(rows) == list(range(14)) and sorted(nodes) == [3, 4, 5] and baselines.orders(SPACES["s3"], 3)["normal"][0] != rows
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["nothing"], "nothing is none of second_order, es, ada, perturbation, r_darts"),
+    (["es", "--max_decay", "1"], "unrecognized arguments: --max_decay 1"), (["second_order", "--window", "3"], "unrecognized"),
+    (["perturbation"], "needs the folder of a finished search"), (["perturbation", "nothing"], "nothing/config.json cannot be read"),
+    (["perturbation", "retrained"], "retrained is not a run of search.py"), (["perturbation", "es"], "es is a run of baselines.py"),
+    (["perturbation", "unfinished"], "unfinished is an unfinished search"), (["es", "--resume", "run"], "run is not a run of baselines.py"),
+    (["ada", "--resume", "es"], "invalid choice: 'es'"), (["ada", "--out", "es"], "es holds a finished run"),
+    (["r_darts", "--out", "retrained"], "retrained is there already"), (["second_order", "--out", "retrained"], "holds something else"),
+])
+def test_bad_input_of_baselines_is_named(tmp_path, monkeypatch, finished, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "run")
+    shutil.copytree(finished, "unfinished")
+    (tmp_path / "unfinished" / "genotype.json").unlink()
+    retrained(Path("retrained"), "VS_DARTS", 1.0)
+    shutil.copytree(finished, "es")
+    args = search.parse(["--out", "es"], baselines.searching("es"), "es")
+    (tmp_path / "es" / "config.json").write_text(json.dumps({"program": "baselines.py", **vars(args)}))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(run.Exit, match=re.escape(said)) as error:
+        baselines.main(arguments)
+    assert error.value.status == 2 and "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_of_baselines_has_the_papers_rows(capsys):
+    for method, row in (("second_order", "2.76 %"), ("es", "3.71 %"), ("ada", "4.84 %"), ("perturbation", "2.61 +- 0.08 %"),
+                        ("r_darts", "2.95 +- 0.21 %")):
+        with pytest.raises(SystemExit):
+            baselines.main([method, "--help"])
+        assert row in capsys.readouterr().out
+
+
+def test_tables_read_baselines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    searched(Path("darts"), [3600], "--weight_decay", "3e-4")
+    for method in ("es", "second_order"):
+        searched(Path(method), [7200])
+        args = search.parse(["--out", method], baselines.searching(method), method)
+        Path(method, "config.json").write_text(json.dumps({"program": "baselines.py", **vars(args)}))
+    searched(Path("pt"), [1800])
+    Path("pt", "config.json").write_text(json.dumps({"program": "baselines.py", "method": "perturbation", "search": "darts"}))
+    shutil.copytree("es", "r/weight_decay-0.0003")
+    shutil.copytree("es", "r/weight_decay-0.0009")
+    args = search.parse(["--out", "r"], baselines.searching("r_darts"), "r_darts")
+    Path("r", "config.json").write_text(json.dumps({"program": "baselines.py", **vars(args)}))
+    shutil.copy("es/genotype.json", "r/genotype.json")
+    for name in ("es", "second_order", "pt", "r"):
+        retrained(Path(f"t-{name}"), f"{name}/genotype.json", 3.0)
+    figures.main(["table1", "t-es", "t-second_order", "t-pt", "t-r"])
+    rows = {line.split(" | ")[0][2:]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    for name, hours in (("DARTS-ES", "2.00 h"), ("DARTS, second order", "2.00 h"), ("DARTS+PT", "1.50 h"), ("R-DARTS", "4.00 h")):
+        assert rows[name].endswith(f"| 3.00 (3.00) | 1.300 | {hours}, Tesla |"), rows[name]
+    with pytest.raises(run.Exit, match=re.escape("pt is no single search (perturbation)")):
+        figures.read_searches(SimpleNamespace(runs=["pt"], data=None, device=None), nets=False)
 
 
 # ---------------------------------------------------------------- several processes

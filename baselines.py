@@ -1,0 +1,511 @@
+"""What the paper compares VS-DARTS with, on search.py's own loop, steps and run folders. Tables 1 and 3.
+
+    python baselines.py second_order [search.py's flags]    DARTS, second order (Table 1)
+    python baselines.py es [search.py's flags]              DARTS-ES: stops early by the Hessian of alpha (Table 3)
+    python baselines.py ada [search.py's flags]             DARTS-ADA: regularizes more instead (Table 3)
+    python baselines.py perturbation RUN                    DARTS+PT: on a finished search (Tables 1 and 3)
+    python baselines.py r_darts [search.py's flags]         R-DARTS(L2): four weight decays (Tables 1 and 3)
+
+Each has its own --help. Sources: quark0/darts f276dd3, cnn/architect.py; automl/RobustDARTS 3dec3fe and its paper (Zela et
+al., ICLR 2020); ruocwang/darts-pt 4ec3149, sota/cnn/projection.py, and its paper (Wang et al., ICLR 2021).
+"""
+import argparse
+import functools
+import json
+import os
+import shlex
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call
+
+import retrain
+import search
+from data import Batches, test_batches
+from figures import read_search
+from genotypes import Genotype, from_json, load as load_genotype
+from larc import LARC, local_factors
+from run import Exit, Parser, Run, device_name, find_device, keep_settings, load_checkpoint, make_seed, means, metrics, number, \
+    precision, save, save_text, start
+
+
+# ---------------------------------------------------------------- second order
+
+def loss_at(net, values, images, labels, autocast):
+    """The loss with other values of some parameters, {name: tensor}. Running statistics stay as they are."""
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with autocast():
+        return F.cross_entropy(functional_call(net, {**values, **buffers}, (images,)), labels)
+
+
+def second_order_gradient(net, w_optimizer, valid_batch, train_batch, autocast, epsilon=0.01):
+    """The gradient of L_val(w', alpha) in the alphas, w' = w - xi (m + f (g + b w)): the weights after one step of SGD.
+
+    With v the gradient at w' in the weights, and w+- = w +- epsilon f v / |f v|, it is, by finite differences,
+
+        grad_alpha L_val(w', alpha) - xi |f v| (grad_alpha L_train(w+, alpha) - grad_alpha L_train(w-, alpha)) / (2 epsilon)
+
+    xi: the learning rate; m: momentum times its buffer; b: weight decay; f: 1, or with LARC its factor of each tensor, taken
+    as a constant. Source: cnn/architect.py, which has no gradient clip here either.
+    """
+    names = [name for name, _ in net.named_parameters() if not name.startswith("alpha_")]                 # as net.weights
+    group = w_optimizer.param_groups[0]
+    grads = torch.autograd.grad(loss_at(net, {}, *train_batch, autocast), net.weights)
+    factors = [1.0] * len(names)
+    with torch.no_grad():
+        if isinstance(w_optimizer, LARC):
+            factors = local_factors(net.weights, list(grads), group["lr"], group["weight_decay"], group["trust_coefficient"],
+                                    group["clip"])
+        moved = []
+        for w, g, f in zip(net.weights, grads, factors):
+            buffer = w_optimizer.state[w].get("momentum_buffer") if w in w_optimizer.state else None
+            momentum = 0 if buffer is None else group["momentum"] * buffer
+            moved.append(w - group["lr"] * (momentum + f * (g + group["weight_decay"] * w)))
+    moved = [w.requires_grad_() for w in moved]
+    loss = loss_at(net, dict(zip(names, moved)), *valid_batch, autocast)
+    *v, direct_normal, direct_reduce = torch.autograd.grad(loss, [*moved, *net.alphas])
+    with torch.no_grad():
+        fv = [f * g for f, g in zip(factors, v)]
+        length = torch.stack(torch._foreach_norm(fv)).norm()
+        sides = [{name: w + sign * epsilon / length * d for name, w, d in zip(names, net.weights, fv)} for sign in (1, -1)]
+    plus, minus = (torch.autograd.grad(loss_at(net, side, *train_batch, autocast), net.alphas) for side in sides)
+    return [direct - group["lr"] * length * (p - m) / (2 * epsilon)
+            for direct, p, m in zip((direct_normal, direct_reduce), plus, minus)]
+
+
+def second_order_step(net, alpha_optimizer, valid_batch, train_batch, w_optimizer, autocast):
+    """The alpha step of second order, for search(): weights, running statistics and w_optimizer stay as they are."""
+    gradient = second_order_gradient(net, w_optimizer, valid_batch, train_batch, autocast)
+    for alpha, grad in zip(net.alphas, gradient):
+        alpha.grad = grad
+    alpha_optimizer.step()
+
+
+def second_order(arguments):
+    args = search.parse(arguments, searching("second_order"), "second_order")
+    run = Run("baselines.py", args, "genotype.json", resume_command(args))
+    net = search.search(args, run, other_alpha_step=second_order_step)
+    search.finish(args, run, search.derive(net.space, net.betas()))
+
+
+# ---------------------------------------------------------------- early stopping and adaptive regularization
+
+def largest_eigenvalue(net, images, labels, autocast, steps=100, tolerance=1e-4):
+    """The largest eigenvalue of the Hessian of the loss in all alphas together, by power iteration.
+
+    If the eigenvalue that is largest in size is negative, a second iteration, of the Hessian minus it, finds the largest.
+    """
+    parameters = list(net.alphas)
+    grads = torch.autograd.grad(loss_at(net, {}, images, labels, autocast), parameters, create_graph=True)
+    flat = torch.cat([grad.flatten() for grad in grads])
+
+    def times_hessian(v):
+        return torch.cat([part.flatten() for part in torch.autograd.grad(flat @ v, parameters, retain_graph=True)])
+
+    def iterate(shift):
+        generator = torch.Generator(flat.device).manual_seed(0)
+        v = torch.randn(flat.shape, generator=generator, dtype=flat.dtype, device=flat.device)
+        v, value = v / v.norm(), 0.0
+        for _ in range(steps):
+            product = times_hessian(v) - shift * v
+            before, value = value, (v @ product).item()
+            if product.norm() == 0 or abs(value - before) <= tolerance * abs(value):
+                break
+            v = product / product.norm()
+        return value + shift
+    dominant = iterate(0.0)
+    return dominant if dominant >= 0 else iterate(dominant)
+
+
+def alarm(eigenvalues, window, ratio, first):
+    """The number of epochs to return to, or None. eigenvalues: one after each epoch.
+
+    Zela et al.: stop once the moving average `window` epochs ago is less than `ratio` of today's, and return to that epoch.
+    first: the first epoch, from 1 on, at which that may happen.
+    """
+    def average(epochs):
+        last = eigenvalues[max(0, epochs - window):epochs]
+        return sum(last) / len(last)
+    today = len(eigenvalues)
+    if today < max(first, window + 1) or average(today - window) >= ratio * average(today):
+        return None
+    return today - window
+
+
+def eigenvalues_of(run):
+    return [json.loads(line)["eigenvalue"] for line in run.log]
+
+
+def look_at_hessian(args):
+    def look(net, w_optimizer, valid_batch):
+        autocast, _ = precision(args.amp, valid_batch[1].device)
+        return {"eigenvalue": largest_eigenvalue(net.train(), *valid_batch, autocast),
+                "weight_decay": w_optimizer.param_groups[0]["weight_decay"]}
+    return look
+
+
+def es(arguments):
+    args = search.parse(arguments, searching("es"), "es")
+    run = Run("baselines.py", args, "genotype.json", resume_command(args))
+
+    def returns_to():
+        return alarm(eigenvalues_of(run), args.window, args.ratio, args.first)
+    net = search.search(args, run, look=look_at_hessian(args), stop=returns_to)
+    epochs = returns_to() or args.epochs
+    run.say(f"the cell is that after {epochs} epochs" + (f", stopped after {run.epoch}" if run.epoch > epochs else ""))
+    search.finish(args, run, from_json(json.dumps(json.loads(run.log[epochs - 1])["genotype"])))
+
+
+def ada(arguments):
+    """After an alarm the search goes on from the epoch to return to, with ten times the weight decay, at most --max_decay.
+
+    Each epoch's checkpoint is kept for as long as an alarm may return to it.
+    """
+    args = search.parse(arguments, searching("ada"), "ada")
+    while True:
+        run = Run("baselines.py", args, "genotype.json", resume_command(args))
+
+        def stop():
+            keep_checkpoint(run, args.window)
+            decay = json.loads(run.log[-1])["weight_decay"] if run.log else args.weight_decay
+            return decay < args.max_decay and alarm(eigenvalues_of(run), args.window, args.ratio, args.first)
+        net = search.search(args, run, look=look_at_hessian(args), stop=stop)
+        back = stop()
+        if run.epoch == args.epochs or not back:
+            break
+        go_back(run, back, args.max_decay)
+        args.resume = args.out
+    search.finish(args, run, search.derive(net.space, net.betas()))
+
+
+def keep_checkpoint(run, window):
+    """Keeps checkpoint.pt as checkpoint-EPOCHS.pt, and of those the last window + 1."""
+    if run.epoch:
+        path = run.folder / f"checkpoint-{run.epoch}.pt"
+        save(path, lambda file: file.write(run.checkpoint.read_bytes()))
+        (run.folder / f"checkpoint-{run.epoch - window - 1}.pt").unlink(missing_ok=True)
+
+
+def go_back(run, epochs, max_decay):
+    """Makes checkpoint.pt that of fewer epochs, with more weight decay. The epochs undone keep a log of their own."""
+    state = load_checkpoint(run.folder / f"checkpoint-{epochs}.pt")
+    decay = min(float(f"{10 * json.loads(run.log[-1])['weight_decay']:g}"), max_decay)        # 0.03, not 0.029999999999999995
+    for group in state["w_optimizer"]["param_groups"]:
+        group["weight_decay"] = decay
+    save_text(run.folder / f"log-before-{decay:g}.jsonl", "\n".join(run.log[epochs:]))
+    save(run.checkpoint, lambda file: torch.save(state, file))
+    run.say(f"alarm after {run.epoch} epochs: back to {epochs}, with weight decay {decay:g}")
+
+
+# ---------------------------------------------------------------- R-DARTS(L2)
+
+DECAYS = (3e-4, 9e-4, 27e-4, 81e-4)
+
+
+def r_darts(arguments):
+    """Four searches, each in a folder of its own; each cell trained briefly on the half for w; the best on that for alpha."""
+    args = search.parse(arguments, searching("r_darts"), "r_darts")
+    out, errors = Path(args.out), {}
+    if (out / "genotype.json").exists():
+        raise Exit(f"{out} holds a finished run (genotype.json): choose another --out, or delete the folder")
+    if args.resume is None and out.exists() and os.listdir(out):
+        raise Exit(f"{out} is there already: resume with {resume_command(args)}, or choose another --out")
+    flags = {flag: value for flag, value in vars(args).items() if flag != "resume"}
+    search.read_halves(args, *device_and_layout(args))      # what can be wrong about the data is known before there is a folder
+    save_text(out / "config.json", json.dumps({"program": "baselines.py", **flags}, indent=1))
+    for decay in DECAYS:
+        folder = out / f"weight_decay-{decay:g}"
+        if not (folder / "genotype.json").exists():
+            own = with_flags(args, weight_decay=decay, **continued(folder))
+            run = Run("baselines.py", own, "genotype.json", resume_command(args))
+            net = search.search(own, run)
+            search.finish(own, run, search.derive(net.space, net.betas()))
+        errors[decay] = train_briefly(load_genotype(folder / "genotype.json"), args, folder / "trained")
+        print(f"weight decay {decay:g}: validation error {errors[decay]:.2f}%", flush=True)
+    best = min(errors, key=errors.get)                      # ties: the smaller decay
+    save_text(out / "validation.json", json.dumps({f"{decay:g}": error for decay, error in errors.items()}, indent=1))
+    save_text(out / "genotype.json", (out / f"weight_decay-{best:g}" / "genotype.json").read_text().strip())
+    print(f"the cell is that of weight decay {best:g}\n{search.retrain_command(args, out / 'genotype.json')}")
+
+
+def with_flags(args, **flags):
+    return argparse.Namespace(**{**vars(args), **flags})
+
+
+def continued(folder):
+    """The flags of a run in `folder`, new or to be resumed."""
+    return {"out": str(folder), "resume": str(folder) if (folder / "checkpoint.pt").exists() else None}
+
+
+def train_briefly(genotype, args, folder):
+    """The error in percent on the half for alpha, of the cell's network trained on the half for w: retrain.py's protocol."""
+    def read_halves(options, train, device, layout, rank, world):
+        w_half, alpha_half = search.read_halves(args, device, layout)
+        if train:
+            batches = Batches(w_half, options.batch_size, make_seed(args.seed, "brief"), options.cutout_length)
+        else:
+            batches = functools.partial(test_batches, alpha_half, options.batch_size)
+        return batches, w_half.classes, w_half.images.shape[1]
+    if not (folder / "result.json").exists():
+        options = retrain.parse(["--genotype", "VS_DARTS", "--dataset", args.dataset])        # for the data set's protocol
+        options = with_flags(options, genotype=f"{folder.parent}/genotype.json", epochs=args.train_epochs,
+                             init_channels=args.train_channels, layers=args.train_layers, auxiliary_weight=0.0,
+                             seed=args.seed, device=args.device, **continued(folder))
+        retrain.train(genotype, options, Run("baselines.py", options, "result.json", resume_command(args)), 0, 1, read_halves)
+    return json.loads((folder / "result.json").read_text())["test_error"]
+
+
+# ---------------------------------------------------------------- perturbation
+
+class Decisions(nn.Module):
+    """What perturbation has decided of each edge: NaN (nothing yet), or its fixed weights; all 0 for an edge taken out.
+
+    In every cell of `net` the fixed weights take the place of beta. `zeroed`: (cell type, edge, operation) tried at 0, the
+    others being as they are; with operation None, a whole edge.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.register_buffer("normal", torch.full_like(net.alpha_normal.detach(), float("nan")))
+        self.register_buffer("reduce", torch.full_like(net.alpha_reduce.detach(), float("nan")))
+        self.zeroed = None
+        for kind, cell in zip(net.cell_types, net.cells):
+            cell.register_forward_pre_hook(lambda cell, inputs, kind=kind: (*inputs[:2], self.weights(kind, inputs[2])))
+
+    def weights(self, kind, beta):
+        fixed = getattr(self, kind)
+        beta = torch.where(fixed.isnan(), beta, fixed)
+        if self.zeroed is not None and self.zeroed[0] == kind:
+            _, row, operation = self.zeroed
+            keep = torch.ones_like(beta)
+            keep[row, slice(None) if operation is None else operation] = 0
+            beta = beta * keep
+        return beta
+
+
+@torch.no_grad()
+def accuracy_without(net, decisions, zeroed, batches, autocast, look):
+    """Accuracy in percent over the batches with `zeroed` taken out; normalized by batch, as darts-pt has it."""
+    net.train()
+    decisions.zeroed, totals = zeroed, 0
+    for images, labels in batches:
+        totals = totals + metrics(*search.loss_of(net, images, labels, autocast), labels)
+        look()
+    decisions.zeroed = None
+    return means(totals)[1]
+
+
+def decide_operation(space, kind, row, decisions, accuracy):
+    """Fixes the operation of an edge: the one without which accuracy is lowest; ties: the first. Returns what to log."""
+    edge, primitives = list(space[kind].items())[row]
+    accuracies = {name: accuracy((kind, row, o)) for o, name in enumerate(primitives)}
+    kept = min(accuracies, key=accuracies.get)
+    getattr(decisions, kind)[row] = torch.eye(len(primitives))[primitives.index(kept)]
+    return {"edge": edge, "accuracies": accuracies, "kept": kept}
+
+
+def decide_inputs(space, kind, node, decisions, accuracy):
+    """Takes edges out until a node has two: the edge without which accuracy is highest; ties: the last. What to log."""
+    edges, tried = list(space[kind]), []
+    left = [i for i, j in edges if j == node]
+    while len(left) > 2:
+        accuracies = {i: accuracy((kind, edges.index((i, node)), None)) for i in left}
+        gone = max(reversed(left), key=accuracies.get)
+        getattr(decisions, kind)[edges.index((gone, node))] = 0
+        left.remove(gone)
+        tried.append(accuracies)
+    return {"node": node, "accuracies": tried, "kept": left}
+
+
+def decided_genotype(space, decisions):
+    """The cell, when all is decided. As DARTS's derivation leaves `none` out, the next operation stands for it."""
+    cells = {}
+    for kind, edges in space.items():
+        nodes = {j: [] for _, j in edges}
+        for ((i, j), primitives), weights in zip(edges.items(), getattr(decisions, kind).tolist()):
+            if 1 in weights:
+                name = primitives[weights.index(1)]
+                nodes[j].append((primitives[1] if name == "none" else name, i))
+        cells[kind] = tuple(tuple(node) for node in nodes.values())
+        cells[f"{kind}_concat"] = tuple(nodes)
+    return Genotype(**cells)
+
+
+def same_choices(a, b):
+    """How many (cell, node, operation, input) two genotypes share."""
+    first, second = ({(kind, j, *pair) for kind in ("normal", "reduce") for j, node in enumerate(getattr(genotype, kind))
+                      for pair in node} for genotype in (a, b))
+    return len(first & second)
+
+
+def orders(space, seed):
+    """In what order edges, and then nodes of more than two inputs, are decided: {cell type: (rows, nodes)}; random."""
+    result = {}
+    for kind, edges in space.items():
+        generator = torch.Generator().manual_seed(make_seed(seed, "decisions", kind))
+        nodes = sorted({j for _, j in edges if j > 2})
+        result[kind] = (torch.randperm(len(edges), generator=generator).tolist(),
+                        [nodes[k] for k in torch.randperm(len(nodes), generator=generator)])
+    return result
+
+
+def perturb(net, searched, args, run):
+    """All decisions, one a line of the log, first of the normal, then of the reduction cell, then tuning epochs, and again.
+
+    Tuning goes on with search.py's two steps, LARC where the search had it. Nothing follows the last pair of decisions.
+    """
+    device, layout = device_and_layout(searched)
+    autocast, _ = precision(searched.amp, device)
+    w_half, alpha_half = search.read_halves(searched, device, layout)
+    train = Batches(w_half, searched.batch_size, make_seed(args.seed, "w"))
+    valid = Batches(alpha_half, searched.batch_size, make_seed(args.seed, "alpha"))
+    held_out = Batches(alpha_half, searched.batch_size, make_seed(args.seed, "validation"))
+    w_optimizer, alpha_optimizer, _ = search.make_optimizers(net, with_flags(searched, learning_rate=args.learning_rate))
+    decisions = Decisions(net).to(device)
+    run.begin({"net": net, "decisions": decisions, "w_optimizer": w_optimizer, "alpha_optimizer": alpha_optimizer})
+    order = orders(net.space, args.seed)
+    total = 2 * sum(map(len, order["normal"]))
+    for number in range(run.epoch, total):
+        started, kind, (rows, nodes) = time.time(), ("normal", "reduce")[number % 2], order[("normal", "reduce")[number % 2]]
+
+        def accuracy(zeroed):
+            return accuracy_without(net, decisions, zeroed, held_out.epoch(number), autocast, run.look)
+        torch.manual_seed(make_seed(args.seed, "noise", number))
+        if number // 2 < len(rows):
+            record = decide_operation(net.space, kind, rows[number // 2], decisions, accuracy)
+        else:
+            record = decide_inputs(net.space, kind, nodes[number // 2 - len(rows)], decisions, accuracy)
+        if kind == "reduce" and number + 1 < total:
+            for epoch in range(number // 2 * args.tune_epochs, (number // 2 + 1) * args.tune_epochs):
+                record["train_loss"] = tune(net, searched, run, w_optimizer, alpha_optimizer, train, valid, epoch, autocast)
+        record = {"decision": number, "cell": kind, **record, "seconds": time.time() - started, "device": device_name(device)}
+        run.end_epoch(record)
+        run.say(f"decision {number + 1}/{total}, {kind} cell: " + json.dumps({key: record[key] for key in record if key in
+                ("edge", "node", "kept", "accuracies")}))
+    return decisions
+
+
+def tune(net, searched, run, w_optimizer, alpha_optimizer, train, valid, epoch, autocast):
+    """One epoch of the search's two steps, at a constant rate. Returns the mean training loss."""
+    net.train()
+    totals = torch.zeros(4, device=train.split.labels.device)
+    valid_batches = valid.range(epoch * train.steps, (epoch + 1) * train.steps)
+    for step, (train_batch, valid_batch) in enumerate(zip(train.epoch(epoch), valid_batches)):
+        search.alpha_step(net, alpha_optimizer, *valid_batch, autocast)
+        loss, logits = search.weight_step(net, w_optimizer, *train_batch, autocast, searched.grad_clip)
+        totals += metrics(loss, logits, train_batch[1])
+        run.step(step, train.steps, totals)
+        run.look()
+    return means(totals)[0]
+
+
+def finished_search(args):
+    """(SearchRun of --search, its super-network at the end)."""
+    run = read_search(args.search, args)
+    if run.args.method:
+        raise Exit(f"{args.search} is a run of baselines.py: perturbation needs one of search.py")
+    state = load_checkpoint(Path(args.search) / "checkpoint.pt")
+    try:
+        net = search.make_net(run.args, len(state["net"]["classifier.bias"]))
+        net.load_state_dict(state["net"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise Exit(f"{args.search}/checkpoint.pt holds no super-network of this run ({type(error).__name__})") from None
+    device, layout = device_and_layout(run.args)
+    return run, net.to(device, memory_format=layout)
+
+
+def perturbation(arguments):
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--search", *arguments]
+    args = perturbing().parse_args(arguments)
+    if args.resume is not None:
+        args = keep_settings(perturbing(), Path(args.resume), arguments)
+    if args.search is None:
+        raise Exit("perturbation needs the folder of a finished search: python baselines.py perturbation RUN")
+    args.out = args.out or f"{args.search}-perturbation"
+    run = Run("baselines.py", args, "genotype.json", resume_command(args))
+    searched, net = finished_search(args)
+    by_beta = search.derive(net.space, net.betas())
+    genotype = decided_genotype(net.space, perturb(net, searched.args, args, run))
+    run.say(f"{same_choices(genotype, by_beta)} of the 16 choices are also those of beta")
+    search.finish(searched.args, run, genotype)
+
+
+# ---------------------------------------------------------------- the commands
+
+def device_and_layout(args):
+    device = find_device(args.device)
+    return device, precision(False, device)[1]
+
+
+def resume_command(args):
+    return f"`python baselines.py {args.method} --resume {shlex.quote(args.out)}`"
+
+
+PUBLISHED = {  # the paper's rows
+    "second_order": "Table 1, DARTS of second order: 3.3M parameters, test error 2.76 %, 4.0 GPU days.",
+    "es": "Table 3, DARTS-ES: on CIFAR-10 3.01, 3.26, 2.74 and 3.71 % in S1 to S4.",
+    "ada": "Table 3, DARTS-ADA: on CIFAR-10 3.10, 3.35, 2.59 and 4.84 % in S1 to S4.",
+    "r_darts": "Table 1, R-DARTS: test error 2.95 +- 0.21 %, 1.6 GPU days. Table 3, R-DARTS(L2): on CIFAR-10 2.78, 3.31, 2.51 and "
+               "3.56 % in S1 to S4.",
+    "perturbation": "Table 1, DARTS+PT: 3.0M parameters, test error 2.61 +- 0.08 %, 0.8 GPU days. Table 3: on CIFAR-10 3.50, 2.79, "
+                    "2.49 and 2.64 % in S1 to S4.",
+}
+
+
+def searching(method):
+    """search.py's flags for one method, and the method's own. Weight decay starts at DARTS's, where the method has one."""
+    parser = search.make_parser("baselines.py", f"python baselines.py {method}. {PUBLISHED[method]}")
+    add = parser.add_argument
+    add("--method", choices=[method], default=method, help="(in config.json)")
+    parser.set_defaults(weight_decay=3e-4)                  # DARTS and RobustDARTS
+    if method in ("es", "ada"):
+        add("--window", type=number(int, 1), default=5, help="epochs of the moving average of the eigenvalue, and how far back to "
+            "return (default %(default)s: the paper of RobustDARTS)")
+        add("--ratio", type=number(float, 0, above=True), default=0.75, help="alarm once the average --window epochs ago is less "
+            "than this part of today's (default %(default)s: the paper of RobustDARTS; its code: 1 / 1.3)")
+        add("--first", type=number(int, 1), default=10, help="first epoch, counted from 1, for an alarm (default %(default)s: "
+            "RobustDARTS's code)")
+    if method == "ada":
+        add("--max_decay", type=number(float, 0), default=0.03, help="largest weight decay; it grows tenfold at each alarm (default "
+            "%(default)s: RobustDARTS's code)")
+    if method == "r_darts":
+        add("--train_epochs", type=number(int, 1), default=100, help="epochs of the brief training (default %(default)s: DARTS, "
+            "section 3.2)")
+        add("--train_layers", type=number(int, 3, 1000), default=8, help="its cells (default %(default)s: RobustDARTS)")
+        add("--train_channels", type=number(int, 2, 4096), default=16, help="its channels (default %(default)s: RobustDARTS)")
+    return parser
+
+
+def perturbing():
+    parser = Parser("baselines.py", description=f"python baselines.py perturbation RUN. {PUBLISHED['perturbation']}")
+    add = parser.add_argument
+    add("--method", choices=["perturbation"], default="perturbation", help="(in config.json)")
+    add("--search", metavar="RUN", help="run folder of a finished search by search.py (may stand first, without the flag)")
+    add("--tune_epochs", type=number(int, 0), default=5, help="epochs between two pairs of decisions (default %(default)s: darts-pt)")
+    add("--learning_rate", type=number(float, 0), default=0.0025, help="of these epochs, constant (default %(default)s: darts-pt)")
+    add("--seed", type=number(int, 0), default=2, help="default %(default)s: darts-pt")
+    add("--data", help="folder of the data set (default: the search's)")
+    add("--device", help="torch device (default: the search's)")
+    add("--out", help="run folder (default RUN-perturbation)")
+    add("--resume", metavar="FOLDER", help="continue an interrupted run, with its settings")
+    return parser
+
+
+METHODS = {"second_order": second_order, "es": es, "ada": ada, "perturbation": perturbation, "r_darts": r_darts}
+
+
+def main(arguments):
+    if arguments[:1] in ([], ["-h"], ["--help"]):
+        print(__doc__)
+    elif arguments[0] not in METHODS:
+        raise Exit(f"{arguments[0]} is none of {', '.join(METHODS)} (see --help)")
+    else:
+        METHODS[arguments[0]](arguments[1:])
+
+
+if __name__ == "__main__":
+    start("baselines.py", main)
