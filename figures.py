@@ -478,7 +478,9 @@ def sep_conv_gradients(net, layer, images, labels, args, lr):
     torch.nn.utils.clip_grad_norm_(net.weights, args.grad_clip)
     for edge, weights in operations.items():
         w, g = norm(weights), [weight.grad for weight in weights]
-        factors = local_factors(weights, g, lr, args.weight_decay, args.larc_trust, args.larc_clip) if args.larc else [1] * len(g)
+        factors = [1] * len(g)
+        if args.larc:
+            factors = local_factors(weights, g, lr, args.weight_decay, args.larc_trust, args.larc_clip)
         step = [lr * f * (grad + args.weight_decay * weight) for f, grad, weight in zip(factors, g, weights)]
         values[edge] += [values[edge][0] / w, norm(step) / w]
     return values
@@ -751,8 +753,10 @@ def markdown(header, rows):
 
 TABLE1 = (  # the paper's rows: name, parameters (M), error (%), cost (GPU days); then ours: methods and published cells
     ("NASNet-A", "3.3", "2.65", "2000", ["NASNet_A"]), ("ENAS", "4.6", "2.89", "0.5", ["ENAS"]),
-    ("AmoebaNet-B", "2.8", "2.55", "3150", ["AmoebaNet_B"]), ("DARTS, first order", "3.3", "3.00", "1.5", ["DARTS", "DARTS_V1"]),
-    ("DARTS, second order", "3.3", "2.76", "4.0", ["DARTS, second order", "DARTS_V2"]), ("SNAS", "2.8", "2.85 ± 0.30", "1.5", ["SNAS_moderate"]),
+    ("AmoebaNet-B", "2.8", "2.55", "3150", ["AmoebaNet_B"]),
+    ("DARTS, first order", "3.3", "3.00", "1.5", ["DARTS", "DARTS_V1"]),
+    ("DARTS, second order", "3.3", "2.76", "4.0", ["DARTS, second order", "DARTS_V2"]),
+    ("SNAS", "2.8", "2.85 ± 0.30", "1.5", ["SNAS_moderate"]),
     ("GDAS", "3.4", "2.93", "0.2", ["GDAS"]), ("P-DARTS", "3.4", "2.50", "0.2", ["P_DARTS"]),
     ("PC-DARTS", "3.6", "2.57", "0.1", ["PC_DARTS"]), ("R-DARTS", "-", "2.95 ± 0.21", "1.6", ["R-DARTS(L2)"]),
     ("FairDARTS", "3.3 ± 0.5", "2.54 ± 0.05", "0.4", ["FairDARTS_B"]), ("DARTS-", "3.5", "2.59 ± 0.08", "0.4", []),
@@ -791,8 +795,8 @@ def table3(options):
             for name, err in zip(("DARTS", "VS-DARTS"), published):
                 lines.append([dataset, space, name, err, rows.pop((dataset, space, name), [])])
     lines += [[*key, "-", found] for key, found in rows.items()]
-    return markdown(["data set", "space", "method", "published: error (%)", "here: error (%), last epoch", "params (M)", "search"],
-                    [[*key, error(found), parameters(found), cost(found)] for *key, found in lines])
+    return markdown(["data set", "space", "method", "published: error (%)", "here: error (%), last epoch", "params (M)",
+                     "search"], [[*key, error(found), parameters(found), cost(found)] for *key, found in lines])
 
 
 def table4(options):

@@ -2524,6 +2524,10 @@ def test_readme_commands_are_ones_the_programs_take():
     seen = set()
     for command in readme_commands():
         script, *arguments = command.removeprefix("torchrun --nproc_per_node=8 ").removeprefix("python ").split()
+        if script == "baselines.py":
+            method = arguments.pop(0)
+            parsers[script] = baselines.perturbing() if method == "perturbation" else baselines.searching(method)
+            arguments = ["--search", *arguments] if method == "perturbation" else arguments
         if script in parsers:
             parsers[script].parse_args(arguments)
             seen.add(script)
