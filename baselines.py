@@ -216,6 +216,7 @@ def r_darts(arguments):
     flags = {flag: value for flag, value in vars(args).items() if flag != "resume"}
     search.read_halves(args, *device_and_layout(args))      # what can be wrong about the data is known before there is a folder
     save_text(out / "config.json", json.dumps({"program": "baselines.py", **flags}, indent=1))
+    print("brief training tests on the half for alpha: read its 'test error' as validation error", flush=True)
     for decay in DECAYS:
         folder = out / f"weight_decay-{decay:g}"
         if not (folder / "genotype.json").exists():

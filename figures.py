@@ -258,9 +258,8 @@ def draw1(numbers):
         for node in range(last + 1):
             name = {0: "cell before\nthe last", 1: "last\ncell", last: "output"}.get(node, str(node))
             ax.text(node, 0, name, ha="center", va="center", fontsize=8, bbox={"boxstyle": "round", "facecolor": "white"})
-        ax.set_title(f"{'normal' if kind == 'normal' else 'reduction'} cell", fontsize=9)
+        ax.set_title(f"{numbers['title']}: {'normal' if kind == 'normal' else 'reduction'} cell", fontsize=9)
         ax.set_axis_off()
-    figure.suptitle(numbers["title"], fontsize=10)
     return figure
 
 
@@ -812,8 +811,14 @@ def table4(options):
 
 # ---------------------------------------------------------------- the command
 
-FIGURES = {"1": (figure1, draw1), "2": (figure2, draw2), "3": (figure3, draw3), "4": (figure4, draw4),
-           "5": (figure5, draw5), "6": (figure6, draw6), "overview": (overview, draw_overview)}
+FIGURES = {  # what measures, what draws, and the title
+    "1": (figure1, draw1, "Figure 1: a cell as a graph"),
+    "2": (figure2, draw2, "Figure 2: beta and discretization accuracy"),
+    "3": (figure3, draw3, "Figure 3: variance of each node's output during the search"),
+    "4": (figure4, draw4, "Figure 4: beta of none on the edges into each node"),
+    "5": (figure5, draw5, "Figure 5: gradients of the 3x3 separable convolution on the edges into the last node"),
+    "6": (figure6, draw6, "Figure 6: variance of the mixed operation over that of its input, and covariances of its operations"),
+    "overview": (overview, draw_overview, "Overview")}
 TABLES = {"table1": table1, "table3": table3, "table4": table4}
 
 
@@ -840,11 +845,13 @@ def main(arguments):
         print(TABLES[options.figure](options))
         return
     new_figure(1, 1, 1, 1)                                  # before anything is computed: is there a matplotlib?
-    measure, draw = FIGURES[options.figure]
+    measure, draw, title = FIGURES[options.figure]
     numbers = measure(options)
-    name = f"figure{options.figure}" if options.figure.isdigit() else options.figure
+    name = options.figure if options.figure == "overview" else f"figure{options.figure}"
+    figure = draw(numbers)
+    figure.suptitle(title, fontsize=10, wrap=True)
     picture = Path(options.out) / f"{name}.png"
-    save(picture, lambda file: draw(numbers).savefig(file, format="png"))
+    save(picture, lambda file: figure.savefig(file, format="png"))
     save_text(picture.with_suffix(".json"), json.dumps(numbers, indent=1))
     for folder, run in numbers.get("runs", {}).items():
         print(f"{folder} ({run['method']}): {run['summary']}")

@@ -1871,7 +1871,7 @@ def test_bad_input_of_figures_is_named(kept, tmp_path, monkeypatch, arguments, s
 def test_without_matplotlib_nothing_is_computed(kept, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(figures.FIGURES, "3", (None, None))
+    monkeypatch.setitem(figures.FIGURES, "3", (None, None, None))
     with pytest.raises(run.Exit, match="drawing needs matplotlib: pip install matplotlib"):
         figures.main(["3", str(kept / "vs")])
 
