@@ -71,9 +71,12 @@ def second_order_gradient(net, w_optimizer, valid_batch, train_batch, autocast, 
         fv = [f * g for f, g in zip(factors, v)]
         length = torch.stack(torch._foreach_norm(fv)).norm()
         sides = [{name: w + sign * epsilon / length * d for name, w, d in zip(names, net.weights, fv)} for sign in (1, -1)]
-    plus, minus = (torch.autograd.grad(loss_at(net, side, *train_batch, autocast), net.alphas) for side in sides)
+    seed, found = torch.randint(2**62, ()).item(), []
+    for side in sides:
+        torch.manual_seed(seed)                             # S4's noise: the same on both sides, or it would be the difference
+        found.append(torch.autograd.grad(loss_at(net, side, *train_batch, autocast), net.alphas))
     return [direct - group["lr"] * length * (p - m) / (2 * epsilon)
-            for direct, p, m in zip((direct_normal, direct_reduce), plus, minus)]
+            for direct, p, m in zip((direct_normal, direct_reduce), *found)]
 
 
 def second_order_step(net, alpha_optimizer, valid_batch, train_batch, w_optimizer, autocast):
@@ -93,31 +96,28 @@ def second_order(arguments):
 
 # ---------------------------------------------------------------- early stopping and adaptive regularization
 
-def largest_eigenvalue(net, images, labels, autocast, steps=50, tolerance=1e-2):
-    """The largest eigenvalue of the Hessian of the loss in all alphas together, by power iteration.
+def largest_eigenvalue(net, images, labels, autocast, steps=30):
+    """The largest eigenvalue of the Hessian of the loss in all alphas together, from products with it.
 
-    If the eigenvalue that is largest in size is negative, a second iteration, of the Hessian minus it, finds the largest.
+    The largest that the space of v, Hv, HHv, ... of `steps` dimensions has for a random v (Lanczos): closer than the last
+    vector alone, which is power iteration, and not misled by an eigenvalue that is large and negative.
     """
-    parameters = list(net.alphas)
-    grads = torch.autograd.grad(loss_at(net, {}, images, labels, autocast), parameters, create_graph=True)
+    grads = torch.autograd.grad(loss_at(net, {}, images, labels, autocast), list(net.alphas), create_graph=True)
     flat = torch.cat([grad.flatten() for grad in grads])
-
-    def times_hessian(v):
-        return torch.cat([part.flatten() for part in torch.autograd.grad(flat @ v, parameters, retain_graph=True)])
-
-    def iterate(shift):
-        generator = torch.Generator(flat.device).manual_seed(0)
-        v = torch.randn(flat.shape, generator=generator, dtype=flat.dtype, device=flat.device)
-        v, value = v / v.norm(), 0.0
-        for _ in range(steps):
-            product = times_hessian(v) - shift * v
-            before, value = value, (v @ product).item()
-            if product.norm() == 0 or abs(value - before) <= tolerance * abs(value):
-                break
-            v = product / product.norm()
-        return value + shift
-    dominant = iterate(0.0)
-    return dominant if dominant >= 0 else iterate(dominant)
+    vectors, products = [], []
+    v = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0), dtype=flat.dtype).to(flat.device)
+    for _ in range(min(steps, len(v))):
+        before = v.norm()
+        for u in 2 * vectors:                               # twice, for rounding
+            v = v - (u @ v) * u
+        if v.norm() <= 1e-5 * before:                       # the space is complete
+            break
+        vectors.append(v / v.norm())
+        product = torch.autograd.grad(flat @ vectors[-1], list(net.alphas), retain_graph=True)
+        v = torch.cat([part.flatten() for part in product])
+        products.append(v)
+    H = torch.stack(vectors) @ torch.stack(products).T      # the Hessian in that space
+    return torch.linalg.eigvalsh((H + H.T) / 2)[-1].item()
 
 
 def alarm(eigenvalues, window, ratio, first):
@@ -162,31 +162,33 @@ def es(arguments):
 def ada(arguments):
     """After an alarm the search goes on from the epoch to return to, with ten times the weight decay, at most --max_decay.
 
-    Each epoch's checkpoint is kept for as long as an alarm may return to it.
+    Each epoch's checkpoint is kept to the end, as alarms may return to ever earlier ones.
     """
     args = search.parse(arguments, searching("ada"), "ada")
+    if args.weight_decay == 0:
+        raise Exit("--weight_decay 0 cannot grow tenfold: give another")
     while True:
         run = Run("baselines.py", args, "genotype.json", resume_command(args))
 
         def stop():
-            keep_checkpoint(run, args.window)
+            keep_checkpoint(run)
             decay = json.loads(run.log[-1])["weight_decay"] if run.log else args.weight_decay
             return decay < args.max_decay and alarm(eigenvalues_of(run), args.window, args.ratio, args.first)
         net = search.search(args, run, look=look_at_hessian(args), stop=stop)
         back = stop()
-        if run.epoch == args.epochs or not back:
+        if not back:
             break
         go_back(run, back, args.max_decay)
         args.resume = args.out
     search.finish(args, run, search.derive(net.space, net.betas()))
+    for path in run.folder.glob("checkpoint-*.pt"):
+        path.unlink()
 
 
-def keep_checkpoint(run, window):
-    """Keeps checkpoint.pt as checkpoint-EPOCHS.pt, and of those the last window + 1."""
+def keep_checkpoint(run):
+    """Keeps checkpoint.pt as checkpoint-EPOCHS.pt."""
     if run.epoch:
-        path = run.folder / f"checkpoint-{run.epoch}.pt"
-        save(path, lambda file: file.write(run.checkpoint.read_bytes()))
-        (run.folder / f"checkpoint-{run.epoch - window - 1}.pt").unlink(missing_ok=True)
+        save(run.folder / f"checkpoint-{run.epoch}.pt", lambda file: file.write(run.checkpoint.read_bytes()))
 
 
 def go_back(run, epochs, max_decay):
@@ -203,32 +205,39 @@ def go_back(run, epochs, max_decay):
 # ---------------------------------------------------------------- R-DARTS(L2)
 
 DECAYS = (3e-4, 9e-4, 27e-4, 81e-4)
+FOLDERS = {decay: f"weight_decay-{decay:g}" for decay in DECAYS}
 
 
 def r_darts(arguments):
     """Four searches, each in a folder of its own; each cell trained briefly on the half for w; the best on that for alpha."""
     args = search.parse(arguments, searching("r_darts"), "r_darts")
     out, errors = Path(args.out), {}
+    if args.weight_decay != 3e-4:
+        raise Exit(f"--weight_decay does not belong to r_darts: it tries {', '.join(f'{decay:g}' for decay in DECAYS)}")
     if (out / "genotype.json").exists():
         raise Exit(f"{out} holds a finished run (genotype.json): choose another --out, or delete the folder")
-    if args.resume is None and out.exists() and os.listdir(out):
-        raise Exit(f"{out} is there already: resume with {resume_command(args)}, or choose another --out")
+    if args.resume is None and any(out.rglob("checkpoint.pt")):
+        raise Exit(f"{out} holds an unfinished run: resume with {resume_command(args)}, or choose another --out")
+    ours = {"config.json", *FOLDERS.values()}               # what a start that failed may have left
+    if args.resume is None and out.exists() and not (out.is_dir() and set(os.listdir(out)) <= ours):
+        raise Exit(f"{out} holds something else: choose another --out")
     flags = {flag: value for flag, value in vars(args).items() if flag != "resume"}
     search.read_halves(args, *device_and_layout(args))      # what can be wrong about the data is known before there is a folder
     save_text(out / "config.json", json.dumps({"program": "baselines.py", **flags}, indent=1))
     print("brief training tests on the half for alpha: read its 'test error' as validation error", flush=True)
     for decay in DECAYS:
-        folder = out / f"weight_decay-{decay:g}"
-        if not (folder / "genotype.json").exists():
-            own = with_flags(args, weight_decay=decay, **continued(folder))
-            run = Run("baselines.py", own, "genotype.json", resume_command(args))
+        folder = out / FOLDERS[decay]
+        if not (folder / "genotype.json").exists():         # each is a run of search.py
+            own = {flag: getattr(args, flag) for flag in vars(search.make_parser().parse_args([]))}
+            own = argparse.Namespace(**{**own, "weight_decay": decay, **continued(folder)})
+            run = Run("search.py", own, "genotype.json", resume_command(args))
             net = search.search(own, run)
             search.finish(own, run, search.derive(net.space, net.betas()))
         errors[decay] = train_briefly(load_genotype(folder / "genotype.json"), args, folder / "trained")
         print(f"weight decay {decay:g}: validation error {errors[decay]:.2f}%", flush=True)
     best = min(errors, key=errors.get)                      # ties: the smaller decay
     save_text(out / "validation.json", json.dumps({f"{decay:g}": error for decay, error in errors.items()}, indent=1))
-    save_text(out / "genotype.json", (out / f"weight_decay-{best:g}" / "genotype.json").read_text().strip())
+    save_text(out / "genotype.json", (out / FOLDERS[best] / "genotype.json").read_text().strip())
     print(f"the cell is that of weight decay {best:g}\n{search.retrain_command(args, out / 'genotype.json')}")
 
 
@@ -251,10 +260,11 @@ def train_briefly(genotype, args, folder):
             batches = functools.partial(test_batches, alpha_half, options.batch_size)
         return batches, w_half.classes, w_half.images.shape[1]
     if not (folder / "result.json").exists():
-        options = retrain.parse(["--genotype", "VS_DARTS", "--dataset", args.dataset])        # for the data set's protocol
+        size = [] if args.image_size is None else ["--image_size", str(args.image_size)]
+        options = retrain.parse(["--genotype", "VS_DARTS", "--dataset", args.dataset, *size])  # the data set's protocol
         options = with_flags(options, genotype=f"{folder.parent}/genotype.json", epochs=args.train_epochs,
                              init_channels=args.train_channels, layers=args.train_layers, auxiliary_weight=0.0,
-                             seed=args.seed, device=args.device, **continued(folder))
+                             seed=args.seed, device=args.device, data=args.data, limit=args.limit, **continued(folder))
         retrain.train(genotype, options, Run("baselines.py", options, "result.json", resume_command(args)), 0, 1, read_halves)
     return json.loads((folder / "result.json").read_text())["test_error"]
 
@@ -369,22 +379,23 @@ def perturb(net, searched, args, run):
     run.begin({"net": net, "decisions": decisions, "w_optimizer": w_optimizer, "alpha_optimizer": alpha_optimizer})
     order = orders(net.space, args.seed)
     total = 2 * sum(map(len, order["normal"]))
-    for number in range(run.epoch, total):
-        started, kind, (rows, nodes) = time.time(), ("normal", "reduce")[number % 2], order[("normal", "reduce")[number % 2]]
+    for turn in range(run.epoch, total):
+        started, kind = time.time(), ("normal", "reduce")[turn % 2]
+        rows, nodes = order[kind]
 
         def accuracy(zeroed):
-            return accuracy_without(net, decisions, zeroed, held_out.epoch(number), autocast, run.look)
-        torch.manual_seed(make_seed(args.seed, "noise", number))
-        if number // 2 < len(rows):
-            record = decide_operation(net.space, kind, rows[number // 2], decisions, accuracy)
+            return accuracy_without(net, decisions, zeroed, held_out.epoch(turn), autocast, run.look)
+        torch.manual_seed(make_seed(args.seed, "noise", turn))
+        if turn // 2 < len(rows):
+            record = decide_operation(net.space, kind, rows[turn // 2], decisions, accuracy)
         else:
-            record = decide_inputs(net.space, kind, nodes[number // 2 - len(rows)], decisions, accuracy)
-        if kind == "reduce" and number + 1 < total:
-            for epoch in range(number // 2 * args.tune_epochs, (number // 2 + 1) * args.tune_epochs):
+            record = decide_inputs(net.space, kind, nodes[turn // 2 - len(rows)], decisions, accuracy)
+        if kind == "reduce" and turn + 1 < total:
+            for epoch in range(turn // 2 * args.tune_epochs, (turn // 2 + 1) * args.tune_epochs):
                 record["train_loss"] = tune(net, searched, run, w_optimizer, alpha_optimizer, train, valid, epoch, autocast)
-        record = {"decision": number, "cell": kind, **record, "seconds": time.time() - started, "device": device_name(device)}
+        record = {"decision": turn, "cell": kind, **record, "seconds": time.time() - started, "device": device_name(device)}
         run.end_epoch(record)
-        run.say(f"decision {number + 1}/{total}, {kind} cell: " + json.dumps({key: record[key] for key in record if key in
+        run.say(f"decision {turn + 1}/{total}, {kind} cell: " + json.dumps({key: record[key] for key in record if key in
                 ("edge", "node", "kept", "accuracies")}))
     return decisions
 
@@ -426,7 +437,7 @@ def perturbation(arguments):
         args = keep_settings(perturbing(), Path(args.resume), arguments)
     if args.search is None:
         raise Exit("perturbation needs the folder of a finished search: python baselines.py perturbation RUN")
-    args.out = args.out or f"{args.search}-perturbation"
+    args.out = args.out or f"{Path(args.search)}-perturbation"
     run = Run("baselines.py", args, "genotype.json", resume_command(args))
     searched, net = finished_search(args)
     by_beta = search.derive(net.space, net.betas())
@@ -487,7 +498,8 @@ def perturbing():
     add("--search", metavar="RUN", help="a finished run of search.py; may stand first, without the flag")
     add("--tune_epochs", type=number(int, 0), default=5,
         help="epochs after each pair of decisions (default %(default)s: darts-pt)")
-    add("--learning_rate", type=number(float, 0), default=0.0025, help="their constant rate (default %(default)s: darts-pt)")
+    add("--learning_rate", type=number(float, 0), default=0.0025,
+        help="constant rate of the tuning epochs (default %(default)s: darts-pt)")
     add("--seed", type=number(int, 0), default=2, help="default %(default)s: darts-pt")
     add("--data", help="folder of the data sets (default: the search's)")
     add("--device", help="torch device (default: the search's)")

@@ -1,4 +1,4 @@
-"""What search.py and retrain.py share to keep a run: flags, device, metrics, files, signals.
+"""What the programs share to keep a run: flags, device, metrics, files, signals.
 
 A run folder holds config.json (every flag), log.jsonl (a line per epoch), checkpoint.pt (after every epoch) and, once the
 run has ended, its result. A folder without a checkpoint is not a run yet: it may be started anew.

@@ -142,9 +142,9 @@ def search(args, run, other_alpha_step=None, look=None, stop=None):
             run.look()
         seconds = time.time() - started
         scheduler.step()
+        more = look(net, w_optimizer, valid_batch) if look else {}
         record = {"epoch": epoch, "lr": lr, **describe_epoch(net, totals, evaluate(net, held_out, epoch, autocast, run)),
-                  "images/s": 2 * totals[3].item() / seconds, "seconds": time.time() - started, "device": device_name(device),
-                  **(look(net, w_optimizer, valid_batch) if look else {})}
+                  "images/s": 2 * totals[3].item() / seconds, "seconds": time.time() - started, "device": device_name(device), **more}
         if args.keep_nets:                                  # before the checkpoint: a resumed run lacks none
             keep_net(net, run.folder, epoch + 1)
         run.end_epoch(record)
@@ -221,7 +221,7 @@ def make_parser(program="search.py", description=__doc__):
     add("--learning_rate_min", type=number(float, 0), default=0.001, help="where its cosine ends (default %(default)s: DARTS)")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum (default %(default)s: DARTS)")
     add("--weight_decay", type=number(float, 0), default=5e-3,
-        help="SGD weight decay (default %(default)s: section 3, DARTS-L2; DARTS: 3e-4)")
+        help="SGD weight decay (default %(default)s; section 3, DARTS-L2: 5e-3; DARTS and RobustDARTS: 3e-4)")
     add("--grad_clip", type=number(float, 0, above=True), default=5.0,
         help="largest 2-norm of the gradient of all weights (default %(default)s: DARTS)")
     add("--arch_learning_rate", type=number(float, 0), default=3e-4, help="Adam rate of alpha (default %(default)s: DARTS)")
@@ -242,18 +242,19 @@ def make_parser(program="search.py", description=__doc__):
     return parser
 
 
-def parse(arguments, parser=None, method="darts_l2"):
+def parse(arguments, parser=None, method=None):
     """The flags, checked against each other, with the run folder's name filled in."""
     parser = parser or make_parser()
     args = parser.parse_args(arguments)
     if args.resume is not None:
         args = keep_settings(parser, Path(args.resume), arguments)
     switches = [flag for flag in ("node_norm", "larc", "sqrt_beta") if getattr(args, flag)]
-    args.out = args.out or f"runs/{args.dataset}-{args.space}-{'+'.join(switches) or method}-{args.seed}"
+    name = "+".join([method, *switches] if method else switches) or "darts_l2"
+    args.out = args.out or f"runs/{args.dataset}-{args.space}-{name}-{args.seed}"
     if args.learning_rate_min > args.learning_rate:
         raise Exit(f"--learning_rate_min {args.learning_rate_min} is above --learning_rate {args.learning_rate}")
     if args.sqrt_beta and not args.node_norm:
-        print("search.py: warning: --sqrt_beta without --node_norm lets node variances grow with depth (about 2, 6, 15 "
+        print(f"{parser.prog}: warning: --sqrt_beta without --node_norm lets node variances grow with depth (about 2, 6, 15 "
               "and 32 at the four nodes of the first cell, against 1 each with it)", file=sys.stderr)
     return args
 
