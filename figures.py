@@ -311,16 +311,17 @@ def discretization_accuracies(net, kind, row, operations, measure):
 
 
 def tune(net, run, epochs):
-    """Trains the weights on, on their half, by the search's optimizer over a whole cosine of so many epochs."""
+    """Trains the weights on, on their half, by the search's optimizer; its cosine goes down by steps, as epochs are few."""
     w_half, _ = read_halves(run)
-    optimizer, _, scheduler = search.make_optimizers(net, argparse.Namespace(**{**vars(run.args), "epochs": epochs}))
     batches = Batches(w_half, run.args.batch_size, make_seed(run.args.seed, "tune"))
+    steps = argparse.Namespace(**{**vars(run.args), "epochs": epochs * batches.steps})
+    optimizer, _, scheduler = search.make_optimizers(net, steps)
     autocast, _ = precision(False, w_half.labels.device)
     net.train()
     for epoch in range(epochs):
         for images, labels in batches.epoch(epoch):
             search.weight_step(net, optimizer, images, labels, autocast, run.args.grad_clip)
-        scheduler.step()
+            scheduler.step()
 
 
 def tuned_accuracy(run, epoch, kind, row, operation, options):
