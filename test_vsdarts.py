@@ -2045,6 +2045,7 @@ def test_alarm_on_made_up_eigenvalues():
     assert [baselines.alarm(values[:n], 2, 0.75, first=7) for n in (6, 7)] == [None, 5]
     assert baselines.alarm([1] * 20, 5, 0.75, 10) is None and baselines.alarm([-1.0] * 3 + [2.0] * 9, 2, 0.75, 3) is None
     assert baselines.alarm([1, 100, 100], 2, 0.75, 1) == 1
+    assert baselines.alarm([1, 100], 2, 0.75, 1) is None                                 # nothing two epochs before to compare with
 
 
 def interrupt_after(epochs, monkeypatch):
