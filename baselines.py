@@ -25,7 +25,7 @@ from torch.func import functional_call
 import retrain
 import search
 from data import Batches, test_batches
-from figures import read_search
+from figures import load_net_file, read_search, with_flags
 from genotypes import Genotype, from_json, load as load_genotype
 from larc import LARC, local_factors
 from run import Exit, Parser, Run, device_name, find_device, keep_settings, load_checkpoint, make_seed, means, metrics, \
@@ -241,10 +241,6 @@ def r_darts(arguments):
     print(f"the cell is that of weight decay {best:g}\n{search.retrain_command(args, out / 'genotype.json')}")
 
 
-def with_flags(args, **flags):
-    return argparse.Namespace(**{**vars(args), **flags})
-
-
 def continued(folder):
     """The flags of a run in `folder`, new or to be resumed."""
     return {"out": str(folder), "resume": str(folder) if (folder / "checkpoint.pt").exists() else None}
@@ -419,14 +415,7 @@ def finished_search(args):
     run = read_search(args.search, args)
     if run.args.method:
         raise Exit(f"{args.search} is a run of baselines.py: perturbation needs one of search.py")
-    state = load_checkpoint(Path(args.search) / "checkpoint.pt")
-    try:
-        net = search.make_net(run.args, len(state["net"]["classifier.bias"]))
-        net.load_state_dict(state["net"])
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise Exit(f"{args.search}/checkpoint.pt holds no super-network of this run ({type(error).__name__})") from None
-    device, layout = device_and_layout(run.args)
-    return run, net.to(device, memory_format=layout)
+    return run, load_net_file(run, "checkpoint.pt")
 
 
 def perturbation(arguments):

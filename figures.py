@@ -38,6 +38,10 @@ COLORS = dict(zip(["none", *OPS], ["0.6", "tab:olive", "gold", "tab:green", "tab
 
 # ---------------------------------------------------------------- runs
 
+def with_flags(args, **flags):
+    return argparse.Namespace(**{**vars(args), **flags})
+
+
 class SearchRun(NamedTuple):
     """A finished search: its folder as it was typed, its flags (method: that of baselines.py, or None), its log's records."""
     folder: str
@@ -55,11 +59,11 @@ def read_search(folder, options):
     own = {flag: getattr(options, flag) for flag in ("data", "device") if getattr(options, flag) is not None}
     if config.get("method") == "perturbation":              # the flags are those of the search it is about
         searched = read_search(config["search"], options)
-        return SearchRun(folder, argparse.Namespace(**{**vars(searched.args), "method": "perturbation"}), log)
+        return SearchRun(folder, with_flags(searched.args, method="perturbation"), log)
     if config.get("method"):
         return SearchRun(folder, argparse.Namespace(**{**config, **own}), log)
     args = keep_settings(search.make_parser(), Path(folder), [f"--{flag}={value}" for flag, value in own.items()])
-    return SearchRun(folder, argparse.Namespace(**vars(args), method=None), log)
+    return SearchRun(folder, with_flags(args, method=None), log)
 
 
 def read_log(path):
@@ -113,12 +117,18 @@ def method(args):
 
 def load_net(run, epoch):
     """The super-network after `epoch` epochs of the search; 0: untrained."""
-    state = load_checkpoint(Path(run.folder) / f"net-{epoch}.pt")
+    return load_net_file(run, f"net-{epoch}.pt")
+
+
+def load_net_file(run, name):
+    """The super-network in a file of the run's folder: checkpoint.pt, or one that --keep_nets kept."""
+    state = load_checkpoint(Path(run.folder) / name)
     try:
+        state = state.get("net", state)                     # a checkpoint.pt has more than the network
         net = search.make_net(run.args, len(state["classifier.bias"]))
         net.load_state_dict(state)
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise Exit(f"{run.folder}/net-{epoch}.pt holds no super-network of this run ({type(error).__name__})") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise Exit(f"{run.folder}/{name} holds no super-network of this run ({type(error).__name__})") from None
     device = find_device(run.args.device)
     return net.to(device, memory_format=precision(False, device)[1])
 
@@ -310,12 +320,10 @@ def discretization_accuracies(net, kind, row, operations, measure):
     return accuracies
 
 
-def tune(net, run, epochs):
+def tune(net, run, w_half, epochs):
     """Trains the weights on, on their half, by the search's optimizer; its cosine goes down by steps, as epochs are few."""
-    w_half, _ = read_halves(run)
     batches = Batches(w_half, run.args.batch_size, make_seed(run.args.seed, "tune"))
-    steps = argparse.Namespace(**{**vars(run.args), "epochs": epochs * batches.steps})
-    optimizer, _, scheduler = search.make_optimizers(net, steps)
+    optimizer, _, scheduler = search.make_optimizers(net, with_flags(run.args, epochs=epochs * batches.steps))
     autocast, _ = precision(False, w_half.labels.device)
     net.train()
     for epoch in range(epochs):
@@ -324,12 +332,12 @@ def tune(net, run, epochs):
             scheduler.step()
 
 
-def tuned_accuracy(run, epoch, kind, row, operation, options):
+def tuned_accuracy(run, epoch, kind, row, operation, halves, options):
     """The same "at convergence": after --tune epochs of training the weights with that operation alone on its edge."""
     net = load_net(run, epoch)
     leave_one(net, kind, row, operation)
-    tune(net, run, options.tune)
-    return accuracy(net, read_halves(run)[1], options.images)
+    tune(net, run, halves[0], options.tune)
+    return accuracy(net, halves[1], options.images)
 
 
 def figure2(options):
@@ -347,17 +355,17 @@ def figure2(options):
 
 
 def beta_and_accuracy(run, epoch, chosen, options):
-    net, half = load_net(run, epoch), read_halves(run)[1]
+    net, halves = load_net(run, epoch), read_halves(run)
     betas, edges = net.betas(), {}
     for edge in all_edges(net.space):
         kind, row, primitives = edge_row(net.space, edge)
         operations = [o for o, name in enumerate(primitives) if name != "none"]
         beta = [betas[kind][row, o].item() for o in operations]
-        at_once = discretization_accuracies(net, kind, row, operations, lambda net: accuracy(net, half, options.images))
+        at_once = discretization_accuracies(net, kind, row, operations, lambda net: accuracy(net, halves[1], options.images))
         edges[edge] = {"operations": [primitives[o] for o in operations], "beta": beta, "accuracy": at_once,
                        "tau": kendall_tau(beta, at_once)}
         if options.tune and edge in chosen:
-            tuned = [tuned_accuracy(run, epoch, kind, row, o, options) for o in operations]
+            tuned = [tuned_accuracy(run, epoch, kind, row, o, halves, options) for o in operations]
             edges[edge] |= {"tuned": tuned, "tau_tuned": kendall_tau(beta, tuned)}
     taus = [edge["tau"] for edge in edges.values()]
     mean, half_width = float(np.mean(taus)), float(1.96 * np.std(taus, ddof=1) / len(taus) ** 0.5)
@@ -506,7 +514,7 @@ def next_step(run, epoch):
     lr = lowest + (run.args.learning_rate - lowest) * (1 + np.cos(np.pi * epoch / run.args.epochs)) / 2
     record = run.log[min(epoch, len(run.log) - 1)]
     decay = record.get("weight_decay", run.args.weight_decay)
-    return argparse.Namespace(**{**vars(run.args), "weight_decay": decay}), float(lr)
+    return with_flags(run.args, weight_decay=decay), float(lr)
 
 
 def figure5(options):
@@ -578,10 +586,13 @@ def figure6(options):
     """Figure 6: the ratio of variances, and the covariances, of two edges, by default of stride 1 and of stride 2."""
     numbers, chosen = {}, options.edge or ["normal:1-3", "reduce:1-3"]
     for run in read_searches(options, nets=True):
-        edges = {}
-        for edge in chosen:
-            kind, row, primitives = edge_row(SPACES[run.args.space], edge)
-            values = over_epochs(run, lambda epoch, net, images, labels: mixed_variance(net, kind, row, images))
+        rows, edges = {edge: edge_row(SPACES[run.args.space], edge) for edge in chosen}, {}
+
+        def measure(epoch, net, images, labels):
+            return {edge: mixed_variance(net, kind, row, images) for edge, (kind, row, _) in rows.items()}
+        epochs = over_epochs(run, measure)
+        for edge, (_, _, primitives) in rows.items():
+            values = [epoch[edge] for epoch in epochs]
             stride = 2 if edge.startswith(("reduce:0-", "reduce:1-")) else 1
             edges[edge] = {"operations": [name for name in primitives if name != "none"], "stride": stride,
                            **{key: [value[key] for value in values] for key in values[0]}}

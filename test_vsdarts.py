@@ -1776,7 +1776,7 @@ def test_tuning_equals_a_plain_loop(kept):
     searched.args.batch_size = 64                           # 4 steps an epoch
     net, plain = figures.load_net(searched, 2), figures.load_net(searched, 2)
     figures.leave_one(net, "normal", 4, 5)
-    figures.tune(net, searched, 2)
+    figures.tune(net, searched, figures.read_halves(searched)[0], 2)
     plain.alpha_normal.data[4] = -1e9
     plain.alpha_normal.data[4, 5] = 1e9
     batches = data.Batches(data.load("digits", "unused", True).part(0, 200), 64, run.make_seed(2, "tune"))
