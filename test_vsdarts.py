@@ -2166,10 +2166,11 @@ def test_second_order_sees_one_noise_on_both_sides(monkeypatch):
     assert not torch.equal(drawn[0], drawn[calls]) and not torch.equal(drawn[calls], drawn[2 * calls])
 
 
-def test_r_darts_keeps_the_cell_of_the_lowest_validation_error(tmp_path, monkeypatch):
+def test_r_darts_keeps_the_cell_of_the_lowest_validation_error(tmp_path, monkeypatch, capsys):
     errors = {"weight_decay-0.0003": 30.0, "weight_decay-0.0009": 20.0, "weight_decay-0.0027": 20.0, "weight_decay-0.0081": 25.0}
     monkeypatch.setattr(baselines, "train_briefly", lambda genotype, args, folder: errors[folder.parent.name])
     baselines.main(["r_darts", *small_flags("--epochs", "1", "--out", str(tmp_path / "run"))])
+    assert "the cell is that of weight decay 0.0009\n" in capsys.readouterr().out           # so short searches may agree on a cell
     assert json.loads((tmp_path / "run" / "validation.json").read_text()) == {name[13:]: e for name, e in errors.items()}
     assert genotypes.load(str(tmp_path / "run" / "genotype.json")) == genotypes.load(str(tmp_path / "run" / "weight_decay-0.0009" / "genotype.json"))
     for name in errors:
