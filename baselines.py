@@ -25,7 +25,7 @@ from torch.func import functional_call
 import retrain
 import search
 from data import Batches, test_batches
-from figures import load_net_file, read_search, with_flags
+from figures import METHODS as NAMES, TABLE1, TABLE3, TABLE3_METHODS, load_net_file, read_search, with_flags
 from genotypes import Genotype, from_json, load as load_genotype
 from larc import LARC, local_factors
 from run import Exit, Parser, Run, device_name, find_device, keep_settings, load_checkpoint, make_seed, means, metrics, \
@@ -419,15 +419,18 @@ def finished_search(args):
 
 
 def perturbation(arguments):
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--search", *arguments]
     args = perturbing().parse_args(arguments)
     if args.resume is not None:
         args = keep_settings(perturbing(), Path(args.resume), arguments)
+    run_folder = vars(args).pop("RUN")
+    if args.resume is None:
+        args.search = run_folder
+    elif run_folder not in (None, args.search):
+        raise Exit(f"{args.out} is a perturbation of {args.search}, not of {run_folder}: leave RUN out")
     if args.search is None:
         raise Exit("perturbation needs the folder of a finished search: python baselines.py perturbation RUN")
     args.out = args.out or f"{Path(args.search)}-perturbation"
-    run = Run("baselines.py", args, "genotype.json", resume_command(args))
+    run = Run("baselines.py", args, "genotype.json", resume_command(args), unit="decision")
     searched, net = finished_search(args)
     by_beta = search.derive(net.space, net.betas())
     genotype = decided_genotype(net.space, perturb(net, searched.args, args, run))
@@ -446,19 +449,20 @@ def resume_command(args):
     return f"`python baselines.py {args.method} --resume {shlex.quote(args.out)}`"
 
 
-PUBLISHED = {  # the paper's rows; errors on CIFAR-10
-    "second_order": "Table 1, DARTS of second order: 3.3M parameters, test error 2.76 %, 4.0 GPU days.",
-    "es": "Table 3, DARTS-ES: 3.01, 3.26, 2.74 and 3.71 % in S1 to S4.",
-    "ada": "Table 3, DARTS-ADA: 3.10, 3.35, 2.59 and 4.84 % in S1 to S4.",
-    "r_darts": "Table 1, R-DARTS: 2.95 +- 0.21 %, 1.6 GPU days. Table 3, R-DARTS(L2): 2.78, 3.31, 2.51 and 3.56 % in S1 to S4.",
-    "perturbation": "Table 1, DARTS+PT: 3.0M parameters, 2.61 +- 0.08 %, 0.8 GPU days. Table 3: 3.50, 2.79, 2.49 and 2.64 % in "
-                    "S1 to S4.",
-}
+def published(method):
+    """The paper's rows of a method, for --help."""
+    name = NAMES[method]
+    lines = [f"Table 1, {row}: parameters (M) {parameters}, test error (%) {error}, GPU days {days}"
+             for row, parameters, error, days, ours in TABLE1 if name in ours]
+    for dataset in ("cifar10", "cifar100", "svhn") if name in TABLE3_METHODS else ():
+        errors = [f"{TABLE3[dataset, space][TABLE3_METHODS.index(name)]:.2f}" for space in ("s1", "s2", "s3", "s4")]
+        lines.append(f"Table 3, {name}, {dataset}: test error (%) in S1 to S4 {', '.join(errors)}")
+    return "\n".join(lines)
 
 
 def searching(method):
     """search.py's flags, with DARTS's weight decay by default, and the method's own."""
-    parser = search.make_parser("baselines.py", f"python baselines.py {method}. {PUBLISHED[method]}")
+    parser = search.make_parser("baselines.py", f"python baselines.py {method}\n\n{published(method)}")
     add = parser.add_argument
     add("--method", choices=[method], default=method, help="kept in config.json")
     parser.set_defaults(weight_decay=3e-4)
@@ -481,10 +485,11 @@ def searching(method):
 
 
 def perturbing():
-    parser = Parser("baselines.py", description=f"python baselines.py perturbation RUN. {PUBLISHED['perturbation']}")
+    parser = Parser("baselines.py", description=f"python baselines.py perturbation RUN\n\n{published('perturbation')}")
     add = parser.add_argument
     add("--method", choices=["perturbation"], default="perturbation", help="kept in config.json")
-    add("--search", metavar="RUN", help="a finished run of search.py; may stand first, without the flag")
+    add("RUN", nargs="?", help="folder of a finished run of search.py")
+    add("--search", help=argparse.SUPPRESS)                 # RUN, as config.json keeps it
     add("--tune_epochs", type=number(int, 0), default=5,
         help="epochs after each pair of decisions (default %(default)s: darts-pt)")
     add("--learning_rate", type=number(float, 0), default=0.0025,

@@ -204,9 +204,11 @@ class Run:
     """A run folder. `epoch` counts its finished epochs; `result` is the file that marks the end.
 
     how_to_resume: the command, for messages. main: False in the processes of torchrun that neither write nor speak.
+    unit: what messages call an epoch.
     """
 
-    def __init__(self, program, args, result, how_to_resume, main=True):
+    def __init__(self, program, args, result, how_to_resume, main=True, unit="epoch"):
+        self.unit = unit
         self.program, self.args, self.how_to_resume, self.main, self.epoch = program, args, how_to_resume, main, 0
         self.folder, self.log = Path(args.out), []
         self.checkpoint, self.result = self.folder / "checkpoint.pt", self.folder / result
@@ -219,7 +221,7 @@ class Run:
         if self.args.resume is None and self.checkpoint.exists():
             raise Exit(f"{self.folder} holds an unfinished run: resume with {self.how_to_resume}, or choose another --out")
         if self.args.resume is not None and not self.checkpoint.exists():
-            raise Exit(f"{self.folder} has no finished epoch to resume from: start the run again, without --resume")
+            raise Exit(f"{self.folder} has no finished {self.unit} to resume from: start the run again, without --resume")
         if self.args.resume is None and self.folder.is_dir() and not set(os.listdir(self.folder)) <= {"config.json.tmp"}:
             config = self.folder / "config.json"            # a start of this program that failed may be overwritten
             if not (config.exists() and f'"program": "{self.program}"' in config.read_text(errors="replace")):
@@ -249,7 +251,7 @@ class Run:
         if not isinstance(stop, int):
             return stop
         go_on = f"resume with {self.how_to_resume}" if self.epoch else "start it again"
-        return Exit(f"interrupted ({signal.Signals(stop).name}) after {self.epoch} finished epoch(s); {go_on}", 128 + stop)
+        return Exit(f"interrupted ({signal.Signals(stop).name}) after {self.epoch} finished {self.unit}(s); {go_on}", 128 + stop)
 
     def look(self):
         """Leaves if there is a reason to."""
@@ -263,19 +265,19 @@ class Run:
         if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
             loss, _, _ = means(totals)                      # waits for the device
             if not math.isfinite(loss):
-                stop = self.diverged(f"the loss is not finite by step {step} of epoch {self.epoch}")
+                stop = self.diverged(f"the loss is not finite by step {step} of {self.unit} {self.epoch}")
             if self.main and sys.stdout.isatty():
-                print(f"\repoch {self.epoch} step {step + 1}/{steps} loss {loss:.4f}\x1b[K\r", end="", flush=True)
+                print(f"\r{self.unit} {self.epoch} step {step + 1}/{steps} loss {loss:.4f}\x1b[K\r", end="", flush=True)
 
     def diverged(self, what):
-        return Exit(f"{what}; log and checkpoint end with the epoch before. A smaller --learning_rate may help, in a new run "
+        return Exit(f"{what}; log and checkpoint end with the {self.unit} before. A smaller --learning_rate may help, in a new run "
                     f"with another --out", status=1)
 
     def end_epoch(self, record, **state):
         """Logs a finished epoch and saves what the next one starts from: the parts and `state`. Raises Exit if it diverged."""
         finite = torch.stack([p.isfinite().all() for p in self.parts["net"].parameters()]).all()
         if not (finite and all(math.isfinite(value) for key, value in record.items() if key.endswith("loss"))):
-            raise self.diverged(f"a loss or a parameter is not finite at the end of epoch {self.epoch}")
+            raise self.diverged(f"a loss or a parameter is not finite at the end of {self.unit} {self.epoch}")
         self.epoch += 1
         self.log.append(json.dumps(record, allow_nan=False))
         if self.main:
