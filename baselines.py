@@ -11,8 +11,8 @@ al., ICLR 2020); ruocwang/darts-pt 4ec3149, sota/cnn/projection.py, and its pape
 """
 import argparse
 import functools
+import inspect
 import json
-import os
 import shlex
 import time
 from pathlib import Path
@@ -26,7 +26,7 @@ import retrain
 import search
 from data import Batches, test_batches
 from figures import METHODS as NAMES, TABLE1, TABLE3, TABLE3_METHODS, load_net_file, read_search, with_flags
-from genotypes import Genotype, from_json, load as load_genotype
+from genotypes import SPACES, Genotype, from_json, load as load_genotype
 from larc import LARC, local_factors
 from run import Exit, Parser, Run, device_name, find_device, keep_settings, load_checkpoint, make_seed, means, metrics, \
     number, precision, save, save_text, start
@@ -52,7 +52,8 @@ def second_order_gradient(net, w_optimizer, valid_batch, train_batch, autocast, 
     as a constant. Source: cnn/architect.py, which has no gradient clip here either.
     """
     names = [name for name, _ in net.named_parameters() if not name.startswith("alpha_")]                 # as net.weights
-    group = w_optimizer.param_groups[0]
+    group, seed = w_optimizer.param_groups[0], torch.randint(2**62, ()).item()
+    torch.manual_seed(seed)                                 # S4's noise: the same in all three passes over the training batch
     grads = torch.autograd.grad(loss_at(net, {}, *train_batch, autocast), net.weights)
     factors = [1.0] * len(names)
     with torch.no_grad():
@@ -61,7 +62,7 @@ def second_order_gradient(net, w_optimizer, valid_batch, train_batch, autocast, 
                                     group["clip"])
         moved = []
         for w, g, f in zip(net.weights, grads, factors):
-            buffer = w_optimizer.state[w].get("momentum_buffer") if w in w_optimizer.state else None
+            buffer = w_optimizer.state.get(w, {}).get("momentum_buffer")
             momentum = 0 if buffer is None else group["momentum"] * buffer
             moved.append(w - group["lr"] * (momentum + f * (g + group["weight_decay"] * w)))
     moved = [w.requires_grad_() for w in moved]
@@ -71,9 +72,9 @@ def second_order_gradient(net, w_optimizer, valid_batch, train_batch, autocast, 
         fv = [f * g for f, g in zip(factors, v)]
         length = torch.stack(torch._foreach_norm(fv)).norm()
         sides = [{name: w + sign * epsilon / length * d for name, w, d in zip(names, net.weights, fv)} for sign in (1, -1)]
-    seed, found = torch.randint(2**62, ()).item(), []
+    found = []
     for side in sides:
-        torch.manual_seed(seed)                             # S4's noise: the same on both sides, or it would be the difference
+        torch.manual_seed(seed)
         found.append(torch.autograd.grad(loss_at(net, side, *train_batch, autocast), net.alphas))
     return [direct - group["lr"] * length * (p - m) / (2 * epsilon)
             for direct, p, m in zip((direct_normal, direct_reduce), *found)]
@@ -88,6 +89,7 @@ def second_order_step(net, alpha_optimizer, valid_batch, train_batch, w_optimize
 
 
 def second_order(arguments):
+    """DARTS of second order: alpha's gradient goes through one virtual step of the weights (with --larc, LARC's own)."""
     args = search.parse(arguments, searching("second_order"), "second_order")
     run = Run("baselines.py", args, "genotype.json", resume_command(args))
     net = search.search(args, run, other_alpha_step=second_order_step)
@@ -99,8 +101,9 @@ def second_order(arguments):
 def largest_eigenvalue(net, images, labels, autocast, steps=30):
     """The largest eigenvalue of the Hessian of the loss in all alphas together, from products with it.
 
-    The largest that the space of v, Hv, HHv, ... of `steps` dimensions has for a random v (Lanczos): closer than the last
-    vector alone, which is power iteration, and not misled by an eigenvalue that is large and negative.
+    Lanczos: the largest eigenvalue of H restricted to the span of v, Hv, HHv, ... (`steps` vectors, v random). It is more
+    accurate than power iteration, which keeps the last vector only, and a large negative eigenvalue does not mislead it.
+    NaN where the network has diverged.
     """
     grads = torch.autograd.grad(loss_at(net, {}, images, labels, autocast), list(net.alphas), create_graph=True)
     flat = torch.cat([grad.flatten() for grad in grads])
@@ -117,6 +120,8 @@ def largest_eigenvalue(net, images, labels, autocast, steps=30):
         v = torch.cat([part.flatten() for part in product])
         products.append(v)
     H = torch.stack(vectors) @ torch.stack(products).T      # the Hessian in that space
+    if not H.isfinite().all():
+        return float("nan")
     return torch.linalg.eigvalsh((H + H.T) / 2)[-1].item()
 
 
@@ -135,8 +140,10 @@ def alarm(eigenvalues, window, ratio, first):
     return today - window
 
 
-def eigenvalues_of(run):
-    return [json.loads(line)["eigenvalue"] for line in run.log]
+def epochs_to_return_to(run):
+    """alarm() of a run's log, with its flags."""
+    eigenvalues = [json.loads(line)["eigenvalue"] for line in run.log]
+    return alarm(eigenvalues, run.args.window, run.args.ratio, run.args.first)
 
 
 def look_at_hessian(args):
@@ -148,32 +155,34 @@ def look_at_hessian(args):
 
 
 def es(arguments):
+    """Early stopping: the search ends when the largest eigenvalue of alpha's Hessian has grown; an earlier cell is kept.
+
+    In first order, where RobustDARTS's scripts take the second.
+    """
     args = search.parse(arguments, searching("es"), "es")
     run = Run("baselines.py", args, "genotype.json", resume_command(args))
-
-    def returns_to():
-        return alarm(eigenvalues_of(run), args.window, args.ratio, args.first)
-    net = search.search(args, run, look=look_at_hessian(args), stop=returns_to)
-    epochs = returns_to() or args.epochs
-    run.say(f"the cell is that after {epochs} epochs" + (f", stopped after {run.epoch}" if run.epoch > epochs else ""))
+    search.search(args, run, look=look_at_hessian(args), stop=lambda: epochs_to_return_to(run))
+    epochs = epochs_to_return_to(run) or args.epochs
+    run.say(f"stopped after {run.epoch} epochs; the cell is that after {epochs}")
     search.finish(args, run, from_json(json.dumps(json.loads(run.log[epochs - 1])["genotype"])))
 
 
 def ada(arguments):
-    """After an alarm the search goes on from the epoch to return to, with ten times the weight decay, at most --max_decay.
+    """Adaptive regularization: at the alarm that would stop ES, it goes back as far, with ten times the weight decay.
 
-    Each epoch's checkpoint is kept to the end, as alarms may return to ever earlier ones.
+    In first order, where RobustDARTS's scripts take the second. The checkpoints of all epochs are kept until the end, as
+    alarms may return to ever earlier ones.
     """
     args = search.parse(arguments, searching("ada"), "ada")
-    if args.weight_decay == 0:
-        raise Exit("--weight_decay 0 cannot grow tenfold: give another")
+    if not 0 < args.weight_decay < args.max_decay:
+        raise Exit(f"--weight_decay {args.weight_decay:g} cannot grow: give one between 0 and --max_decay {args.max_decay:g}")
     while True:
         run = Run("baselines.py", args, "genotype.json", resume_command(args))
 
         def stop():
             keep_checkpoint(run)
             decay = json.loads(run.log[-1])["weight_decay"] if run.log else args.weight_decay
-            return decay < args.max_decay and alarm(eigenvalues_of(run), args.window, args.ratio, args.first)
+            return decay < args.max_decay and epochs_to_return_to(run)
         net = search.search(args, run, look=look_at_hessian(args), stop=stop)
         back = stop()
         if not back:
@@ -204,33 +213,32 @@ def go_back(run, epochs, max_decay):
 
 # ---------------------------------------------------------------- R-DARTS(L2)
 
-DECAYS = (3e-4, 9e-4, 27e-4, 81e-4)
+DECAYS = (3e-4, 9e-4, 27e-4, 81e-4)                         # the first four of RobustDARTS's grid
 FOLDERS = {decay: f"weight_decay-{decay:g}" for decay in DECAYS}
 
 
 def r_darts(arguments):
-    """Four searches, each in a folder of its own; each cell trained briefly on the half for w; the best on that for alpha."""
+    """Four searches, with weight decay 3, 9, 27 and 81e-4 (RobustDARTS's grid) whatever --weight_decay says; each cell is
+    trained briefly on the half for w, and the best on the half for alpha is kept."""
     args = search.parse(arguments, searching("r_darts"), "r_darts")
     out, errors = Path(args.out), {}
     if args.weight_decay != 3e-4:
         raise Exit(f"--weight_decay does not belong to r_darts: it tries {', '.join(f'{decay:g}' for decay in DECAYS)}")
-    if (out / "genotype.json").exists():
-        raise Exit(f"{out} holds a finished run (genotype.json): choose another --out, or delete the folder")
-    if args.resume is None and any(out.rglob("checkpoint.pt")):
+    started, finished = any((out / name).exists() for name in FOLDERS.values()), (out / "genotype.json").exists()
+    if started and not finished and args.resume is None:
         raise Exit(f"{out} holds an unfinished run: resume with {resume_command(args)}, or choose another --out")
-    ours = {"config.json", *FOLDERS.values()}               # what a start that failed may have left
-    if args.resume is None and out.exists() and not (out.is_dir() and set(os.listdir(out)) <= ours):
-        raise Exit(f"{out} holds something else: choose another --out")
+    if finished or not started:                             # Run raises what there is to object to
+        Run("baselines.py", args, "genotype.json", resume_command(args))
     flags = {flag: value for flag, value in vars(args).items() if flag != "resume"}
     search.read_halves(args, *device_and_layout(args))      # what can be wrong about the data is known before there is a folder
     save_text(out / "config.json", json.dumps({"program": "baselines.py", **flags}, indent=1))
-    print("brief training tests on the half for alpha: read its 'test error' as validation error", flush=True)
+    print("the brief trainings test on the half for alpha: their \"test error\" is a validation error", flush=True)
     for decay in DECAYS:
         folder = out / FOLDERS[decay]
         if not (folder / "genotype.json").exists():         # each is a run of search.py
             own = {flag: getattr(args, flag) for flag in vars(search.make_parser().parse_args([]))}
             own = argparse.Namespace(**{**own, "weight_decay": decay, **continued(folder)})
-            run = Run("search.py", own, "genotype.json", resume_command(args))
+            run = Run("search.py", own, "genotype.json", resume_command(args), part=True)
             net = search.search(own, run)
             search.finish(own, run, search.derive(net.space, net.betas()))
         errors[decay] = train_briefly(load_genotype(folder / "genotype.json"), args, folder / "trained")
@@ -260,8 +268,9 @@ def train_briefly(genotype, args, folder):
         options = retrain.parse(["--genotype", "VS_DARTS", "--dataset", args.dataset, *size])  # the data set's protocol
         options = with_flags(options, genotype=f"{folder.parent}/genotype.json", epochs=args.train_epochs,
                              init_channels=args.train_channels, layers=args.train_layers, auxiliary_weight=0.0,
-                             seed=args.seed, device=args.device, data=args.data, limit=args.limit, **continued(folder))
-        retrain.train(genotype, options, Run("baselines.py", options, "result.json", resume_command(args)), 0, 1, read_halves)
+                             seed=args.seed, device=args.device, data=args.data, limit=args.limit, amp=args.amp, **continued(folder))
+        run = Run("baselines.py", options, "result.json", resume_command(args), part=True)
+        retrain.train(genotype, options, run, 0, 1, read_halves)
     return json.loads((folder / "result.json").read_text())["test_error"]
 
 
@@ -306,16 +315,20 @@ def accuracy_without(net, decisions, zeroed, batches, autocast, look):
 
 
 def decide_operation(space, kind, row, decisions, accuracy):
-    """Fixes the operation of an edge: the one without which accuracy is lowest; ties: the first. Returns what to log."""
+    """Fixes the operation of an edge: the one without which accuracy is lowest; ties: the first. Returns what to log.
+
+    In the full space `none` is no candidate: DARTS+PT has none there. In S3 it is one.
+    """
     edge, primitives = list(space[kind].items())[row]
-    accuracies = {name: accuracy((kind, row, o)) for o, name in enumerate(primitives)}
+    accuracies = {name: accuracy((kind, row, o)) for o, name in enumerate(primitives)
+                  if name != "none" or space is not SPACES["darts"]}
     kept = min(accuracies, key=accuracies.get)
     getattr(decisions, kind)[row] = torch.eye(len(primitives))[primitives.index(kept)]
     return {"edge": edge, "accuracies": accuracies, "kept": kept}
 
 
 def decide_inputs(space, kind, node, decisions, accuracy):
-    """Takes edges out until a node has two: the edge without which accuracy is highest; ties: the last. What to log."""
+    """Takes edges out until a node has two: the edge without which accuracy is highest; ties: the last. Returns what to log."""
     edges, tried = list(space[kind]), []
     left = [i for i, j in edges if j == node]
     while len(left) > 2:
@@ -360,9 +373,9 @@ def orders(space, seed):
 
 
 def perturb(net, searched, args, run):
-    """All decisions, one a line of the log, first of the normal, then of the reduction cell, then tuning epochs, and again.
+    """All decisions, one a line of the log: one of the normal cell, one of the reduction cell, tuning epochs, and so on.
 
-    Tuning goes on with search.py's two steps, LARC where the search had it. Nothing follows the last pair of decisions.
+    Tuning goes on with search.py's two steps, with LARC where the search had it. No tuning follows the last decision.
     """
     device, layout = device_and_layout(searched)
     autocast, _ = precision(searched.amp, device)
@@ -419,13 +432,15 @@ def finished_search(args):
 
 
 def perturbation(arguments):
+    """DARTS+PT: decides a finished search's edges one by one, each for the operation without which accuracy falls most,
+    with tuning epochs between; then two inputs a node."""
     args = perturbing().parse_args(arguments)
     if args.resume is not None:
         args = keep_settings(perturbing(), Path(args.resume), arguments)
     run_folder = vars(args).pop("RUN")
     if args.resume is None:
         args.search = run_folder
-    elif run_folder not in (None, args.search):
+    elif run_folder and Path(run_folder) != Path(args.search):
         raise Exit(f"{args.out} is a perturbation of {args.search}, not of {run_folder}: leave RUN out")
     if args.search is None:
         raise Exit("perturbation needs the folder of a finished search: python baselines.py perturbation RUN")
@@ -449,10 +464,11 @@ def resume_command(args):
     return f"`python baselines.py {args.method} --resume {shlex.quote(args.out)}`"
 
 
-def published(method):
-    """The paper's rows of a method, for --help."""
+def describe(method):
+    """What a method does, and the paper's rows of it, for --help."""
     name = NAMES[method]
-    lines = [f"Table 1, {row}: parameters (M) {parameters}, test error (%) {error}, GPU days {days}"
+    lines = [inspect.getdoc(METHODS[method]), ""]
+    lines += [f"Table 1, {row}: parameters (M) {parameters}, test error (%) {error}, GPU days {days}"
              for row, parameters, error, days, ours in TABLE1 if name in ours]
     for dataset in ("cifar10", "cifar100", "svhn") if name in TABLE3_METHODS else ():
         errors = [f"{TABLE3[dataset, space][TABLE3_METHODS.index(name)]:.2f}" for space in ("s1", "s2", "s3", "s4")]
@@ -462,9 +478,10 @@ def published(method):
 
 def searching(method):
     """search.py's flags, with DARTS's weight decay by default, and the method's own."""
-    parser = search.make_parser("baselines.py", f"python baselines.py {method}\n\n{published(method)}")
+    parser = search.make_parser("baselines.py", describe(method))
+    parser.usage = f"python baselines.py {method} [flags]"
     add = parser.add_argument
-    add("--method", choices=[method], default=method, help="kept in config.json")
+    add("--method", choices=[method], default=method, help=argparse.SUPPRESS)                # for config.json
     parser.set_defaults(weight_decay=3e-4)
     if method in ("es", "ada"):
         add("--window", type=number(int, 1), default=5,
@@ -485,11 +502,11 @@ def searching(method):
 
 
 def perturbing():
-    parser = Parser("baselines.py", description=f"python baselines.py perturbation RUN\n\n{published('perturbation')}")
+    parser = Parser("baselines.py", description=describe("perturbation"), usage="python baselines.py perturbation RUN [flags]")
     add = parser.add_argument
-    add("--method", choices=["perturbation"], default="perturbation", help="kept in config.json")
+    add("--method", choices=["perturbation"], default="perturbation", help=argparse.SUPPRESS)   # for config.json
     add("RUN", nargs="?", help="folder of a finished run of search.py")
-    add("--search", help=argparse.SUPPRESS)                 # RUN, as config.json keeps it
+    add("--search", help=argparse.SUPPRESS)                                                  # RUN, for config.json
     add("--tune_epochs", type=number(int, 0), default=5,
         help="epochs after each pair of decisions (default %(default)s: darts-pt)")
     add("--learning_rate", type=number(float, 0), default=0.0025,
@@ -509,7 +526,7 @@ def main(arguments):
     if arguments[:1] in ([], ["-h"], ["--help"]):
         print(__doc__)
     elif arguments[0] not in METHODS:
-        raise Exit(f"{arguments[0]} is none of {', '.join(METHODS)} (see --help)")
+        raise Exit(f"there is no method {arguments[0]}: choose one of {', '.join(METHODS)} (see --help)")
     else:
         METHODS[arguments[0]](arguments[1:])
 

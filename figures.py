@@ -59,7 +59,8 @@ def read_search(folder, options):
     own = {flag: getattr(options, flag) for flag in ("data", "device") if getattr(options, flag) is not None}
     if config.get("method") == "perturbation":              # the flags are those of the search it is about
         searched = read_search(config["search"], options)
-        return SearchRun(folder, with_flags(searched.args, method="perturbation"), log)
+        own = {"method": "perturbation", "tune_epochs": config.get("tune_epochs"), "tuning_rate": config.get("learning_rate")}
+        return SearchRun(folder, with_flags(searched.args, **own), log)
     if config.get("method"):
         return SearchRun(folder, argparse.Namespace(**{**config, **own}), log)
     args = keep_settings(search.make_parser(), Path(folder), [f"--{flag}={value}" for flag, value in own.items()])
@@ -737,14 +738,17 @@ def same_protocol(runs):
     same_flags([(run.search.folder, run.search.args) for run in runs if run.search],
                {"space", "dataset", "image_size", "limit", "batch_size", "epochs", "init_channels", "layers", "stem_multiplier",
                 "train_portion", "learning_rate", "arch_learning_rate", "arch_weight_decay"})
+    for group in by_row([run for run in runs if run.search], name=lambda run: run.search.args.method).values():
+        same_flags([(run.search.folder, run.search.args) for run in group], {
+            "window", "ratio", "first", "max_decay", "train_epochs", "train_layers", "train_channels", "tune_epochs", "tuning_rate"})
 
 
 def same_flags(runs, flags):
     for folder, args in runs:
         for flag in sorted(flags):
-            if getattr(args, flag) != getattr(runs[0][1], flag):
-                raise Exit(f"{folder} has --{flag} {getattr(args, flag)} and {runs[0][0]} {getattr(runs[0][1], flag)}: one "
-                           f"protocol a table")
+            value, first = getattr(args, flag, None), getattr(runs[0][1], flag, None)
+            if value != first:
+                raise Exit(f"{folder} has --{flag} {value} and {runs[0][0]} {first}: one protocol a table")
 
 
 def row_name(run):

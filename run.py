@@ -204,11 +204,11 @@ class Run:
     """A run folder. `epoch` counts its finished epochs; `result` is the file that marks the end.
 
     how_to_resume: the command, for messages. main: False in the processes of torchrun that neither write nor speak.
-    unit: what messages call an epoch.
+    unit: what messages call an epoch. part: of a larger run, which is resumed even before this one's first epoch.
     """
 
-    def __init__(self, program, args, result, how_to_resume, main=True, unit="epoch"):
-        self.unit = unit
+    def __init__(self, program, args, result, how_to_resume, main=True, unit="epoch", part=False):
+        self.unit, self.part = unit, part
         self.program, self.args, self.how_to_resume, self.main, self.epoch = program, args, how_to_resume, main, 0
         self.folder, self.log = Path(args.out), []
         self.checkpoint, self.result = self.folder / "checkpoint.pt", self.folder / result
@@ -224,7 +224,8 @@ class Run:
             raise Exit(f"{self.folder} has no finished {self.unit} to resume from: start the run again, without --resume")
         if self.args.resume is None and self.folder.is_dir() and not set(os.listdir(self.folder)) <= {"config.json.tmp"}:
             config = self.folder / "config.json"            # a start of this program that failed may be overwritten
-            if not (config.exists() and f'"program": "{self.program}"' in config.read_text(errors="replace")):
+            ours = config.is_file() and f'"program": "{self.program}"' in config.read_text(errors="replace")
+            if not ours or any(path.is_dir() for path in self.folder.iterdir()):             # R-DARTS has runs within
                 raise Exit(f"{self.folder} holds something else: choose another --out")
 
     def begin(self, parts):
@@ -250,7 +251,7 @@ class Run:
         """The Exit with which to leave between two steps, or None."""
         if not isinstance(stop, int):
             return stop
-        go_on = f"resume with {self.how_to_resume}" if self.epoch else "start it again"
+        go_on = f"resume with {self.how_to_resume}" if self.epoch or self.part else "start it again"
         return Exit(f"interrupted ({signal.Signals(stop).name}) after {self.epoch} finished {self.unit}(s); {go_on}", 128 + stop)
 
     def look(self):
@@ -276,7 +277,7 @@ class Run:
     def end_epoch(self, record, **state):
         """Logs a finished epoch and saves what the next one starts from: the parts and `state`. Raises Exit if it diverged."""
         finite = torch.stack([p.isfinite().all() for p in self.parts["net"].parameters()]).all()
-        if not (finite and all(math.isfinite(value) for key, value in record.items() if key.endswith("loss"))):
+        if not (finite and all(math.isfinite(value) for value in record.values() if isinstance(value, float))):
             raise self.diverged(f"a loss or a parameter is not finite at the end of {self.unit} {self.epoch}")
         self.epoch += 1
         self.log.append(json.dumps(record, allow_nan=False))

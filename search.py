@@ -142,8 +142,9 @@ def search(args, run, other_alpha_step=None, look=None, stop=None):
             run.look()
         seconds = time.time() - started
         scheduler.step()
+        described = describe_epoch(net, totals, evaluate(net, held_out, epoch, autocast, run))
         more = look(net, w_optimizer, valid_batch) if look else {}
-        record = {"epoch": epoch, "lr": lr, **describe_epoch(net, totals, evaluate(net, held_out, epoch, autocast, run)),
+        record = {"epoch": epoch, "lr": lr, **described,
                   "images/s": 2 * totals[3].item() / seconds, "seconds": time.time() - started, "device": device_name(device), **more}
         if args.keep_nets:                                  # before the checkpoint: a resumed run lacks none
             keep_net(net, run.folder, epoch + 1)

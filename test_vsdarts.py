@@ -2088,7 +2088,7 @@ def test_a_stopped_baseline_goes_on_to_the_same_end(tmp_path, monkeypatch, finis
     baselines.main([method, *flags, "--out", str(tmp_path / "whole")])
     command = [method, *flags, "--out", str(tmp_path / "parts")]
     with monkeypatch.context() as patch:
-        interrupt_after({"r_darts": 5, "perturbation": 3, "es": 1}.get(method, 2), patch)
+        interrupt_after({"r_darts": 4, "perturbation": 3, "es": 1}.get(method, 2), patch)
         with pytest.raises(run.Exit, match=re.escape(f"resume with `python baselines.py {method} --resume")) as error:
             baselines.main(command)
         assert error.value.status == 128 + signal.SIGTERM
@@ -2109,6 +2109,53 @@ def test_a_stopped_baseline_goes_on_to_the_same_end(tmp_path, monkeypatch, finis
         assert tensors_equal(torch.load(path, weights_only=True), torch.load(other, weights_only=True)), path
     with pytest.raises(run.Exit, match="holds a finished run"):
         baselines.main([method, *flags, "--out", str(tmp_path / "whole")])
+
+
+def test_a_look_at_the_hessian_changes_nothing_of_the_search(tmp_path):
+    """In S4, where every forward pass draws noise."""
+    flags = small_flags("--epochs", "2", "--weight_decay", "3e-4", "--space", "s4")
+    search.main([*flags, "--out", str(tmp_path / "plain")])
+    baselines.main(["es", *flags, "--out", str(tmp_path / "es")])
+    plain, es = (all_logs(tmp_path / name)[Path("log.jsonl")] for name in ("plain", "es"))
+    assert [{key: record[key] for key in plain[0]} for record in es] == plain
+    assert all(math.isfinite(record["eigenvalue"]) and record["weight_decay"] == 3e-4 for record in es)
+    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["net"] for name in ("plain", "es")]
+    assert tensors_equal(*weights)
+
+
+def test_es_of_a_search_that_diverges_says_so(tmp_path):
+    flags = small_flags("--epochs", "1", "--learning_rate", "2e9", "--grad_clip", "2e9", "--weight_decay", "1e3")
+    with pytest.raises(run.Exit, match="not finite") as error:
+        baselines.main(["es", *flags, "--out", str(tmp_path / "run")])
+    assert error.value.status == 1 and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_perturbation_tunes_between_pairs_of_decisions(tmp_path, monkeypatch, finished):
+    """In the order of darts-pt, at its constant rate, alpha before the weights; no tuning after the last pair."""
+    monkeypatch.setattr(baselines, "orders", lambda space, seed: {kind: ([3, 7], [4]) for kind in space})
+    seen, rates = [], set()
+    for module, name in ((baselines, "decide_operation"), (baselines, "decide_inputs"), (baselines, "tune"), (search, "alpha_step"),
+                         (search, "weight_step")):
+        def spied(*args, name=name, real=getattr(module, name)):
+            seen.append((name, *(args[1:3] if name.startswith("decide") else args[7:8] if name == "tune" else ())))
+            if name == "weight_step":
+                rates.add(args[1].param_groups[0]["lr"])
+            return real(*args)
+        monkeypatch.setattr(module, name, spied)
+    baselines.main(["perturbation", str(finished), "--tune_epochs", "2", "--out", str(tmp_path / "run")])
+    def tuning(*epochs):                                                                 # of two steps each
+        return [step for epoch in epochs for step in [("tune", epoch), *2 * [("alpha_step",), ("weight_step",)]]]
+    assert seen == [("decide_operation", "normal", 3), ("decide_operation", "reduce", 3), *tuning(0, 1),
+                    ("decide_operation", "normal", 7), ("decide_operation", "reduce", 7), *tuning(2, 3),
+                    ("decide_inputs", "normal", 4), ("decide_inputs", "reduce", 4)]
+    assert rates == {0.0025}
+
+
+def test_baselines_mistakes_end_in_one_line_and_status_2(tmp_path):
+    process = subprocess.run([sys.executable, "baselines.py", "es", "--max_decay", "1"], cwd=HERE, env=ENVIRONMENT, text=True,
+                             capture_output=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == "baselines.py: unrecognized arguments: --max_decay 1 (see --help)\n"
 
 
 def test_es_stops_and_returns_to_the_epoch_before(tmp_path, monkeypatch):
@@ -2159,15 +2206,15 @@ def test_ada_goes_back_to_ever_earlier_epochs(tmp_path, monkeypatch, capsys):
     assert len(lines_of(tmp_path / "run")) == 9 and not list((tmp_path / "run").glob("checkpoint-*.pt"))
 
 
-def test_second_order_sees_one_noise_on_both_sides(monkeypatch):
+def test_second_order_sees_one_noise_in_its_training_passes(monkeypatch):
     net, images, labels = tiny_net("s4")
     drawn, forward = [], model.Noise.forward
     monkeypatch.setattr(model.Noise, "forward", lambda self, x: drawn.append(forward(self, x)) or drawn[-1])
     w_optimizer, _, _ = search.make_optimizers(net, search.parse([]))
     baselines.second_order_gradient(net, w_optimizer, (images, labels), (images, labels), no_autocast)
     calls = len(drawn) // 4                                 # w, w', w+ and w-
-    assert calls == 42 and tensors_equal(drawn[2 * calls:3 * calls], drawn[3 * calls:])
-    assert not torch.equal(drawn[0], drawn[calls]) and not torch.equal(drawn[calls], drawn[2 * calls])
+    assert calls == 42 and tensors_equal(drawn[:calls], drawn[3 * calls:]) and tensors_equal(drawn[2 * calls:3 * calls], drawn[3 * calls:])
+    assert not torch.equal(drawn[0], drawn[calls])
 
 
 def test_r_darts_keeps_the_cell_of_the_lowest_validation_error(tmp_path, monkeypatch, capsys):
@@ -2265,6 +2312,9 @@ def test_inputs_and_operations_are_decided_by_accuracy():
     assert list(record["accuracies"][1]) == [0, 1, 3, 4] and list(record["accuracies"][2]) == [0, 3, 4]  # 2 goes, then 1, then 3
     accuracies = {("reduce", 6, 0): 30, ("reduce", 6, 1): 20, ("reduce", 6, 2): 20}
     assert baselines.decide_operation(SPACES["s3"], "reduce", 6, decisions, accuracies.get)["kept"] == "skip_connect"
+    assert baselines.decide_operation(SPACES["s3"], "reduce", 6, decisions, lambda zeroed: zeroed[2])["kept"] == "none"
+    full = baselines.decide_operation(SPACES["darts"], "reduce", 6, baselines.Decisions(tiny_net()[0]), lambda zeroed: zeroed[2])
+    assert full["kept"] == "max_pool_3x3" and len(full["accuracies"]) == 7                # DARTS+PT has no `none` there
     decisions.normal[:9], decisions.reduce[:] = torch.eye(3)[2], torch.eye(3)[0]                          # `none` everywhere
     decisions.normal[EDGES.index((0, 5))] = decisions.normal[EDGES.index((4, 5))] = torch.eye(3)[1]
     cell = baselines.decided_genotype(SPACES["s3"], decisions)
@@ -2277,16 +2327,18 @@ def test_inputs_and_operations_are_decided_by_accuracy():
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["nothing"], "nothing is none of second_order, es, ada, perturbation, r_darts"),
+    (["nothing"], "there is no method nothing: choose one of second_order, es, ada, perturbation, r_darts"),
     (["es", "--max_decay", "1"], "unrecognized arguments: --max_decay 1"), (["second_order", "--window", "3"], "unrecognized"),
     (["perturbation"], "needs the folder of a finished search"), (["perturbation", "nothing"], "nothing/config.json cannot be read"),
     (["perturbation", "retrained"], "retrained is not a run of search.py"), (["perturbation", "es"], "es is a run of baselines.py"),
     (["perturbation", "unfinished"], "unfinished is an unfinished search"), (["es", "--resume", "run"], "run is not a run of baselines.py"),
     (["ada", "--resume", "es"], "invalid choice: 'es'"), (["ada", "--out", "es"], "es holds a finished run"),
     (["r_darts", "--out", "retrained"], "retrained holds something else"),
-    (["r_darts", "--out", "unfinished"], "unfinished holds an unfinished run: resume with"), (["r_darts", "--out", "run/config.json"], "something else"),
+    (["r_darts", "--out", "unfinished"], "unfinished holds an unfinished run"), (["r_darts", "--out", "run/config.json"], "cannot write run/config.json/config.json"),
+    (["r_darts", "--out", "foreign"], "foreign holds something else"), (["es", "--out", "r_darts"], "r_darts holds something else"),
+    (["r_darts", "--out", "r_darts"], "r_darts holds an unfinished run: resume with"), (["r_darts", "--resume", "foreign"], "not a run of baselines.py"),
     (["r_darts", "--weight_decay", "1e-3"], "--weight_decay does not belong to r_darts"),
-    (["ada", "--weight_decay", "0"], "cannot grow tenfold"), (["second_order", "--out", "retrained"], "holds something else"),
+    (["ada", "--weight_decay", "0"], "cannot grow"), (["ada", "--weight_decay", "0.1"], "cannot grow: give one between 0 and --max_decay 0.03"), (["second_order", "--out", "retrained"], "holds something else"),
 ])
 def test_bad_input_of_baselines_is_named(tmp_path, monkeypatch, finished, arguments, said):
     monkeypatch.chdir(tmp_path)
@@ -2297,10 +2349,15 @@ def test_bad_input_of_baselines_is_named(tmp_path, monkeypatch, finished, argume
     shutil.copytree(finished, "es")
     args = search.parse(["--out", "es"], baselines.searching("es"), "es")
     (tmp_path / "es" / "config.json").write_text(json.dumps({"program": "baselines.py", **vars(args)}))
-    before = sorted(tmp_path.rglob("*"))
+    Path("foreign").mkdir()
+    Path("foreign", "config.json").write_text('{"mine": 1}')
+    shutil.copytree(finished, Path("r_darts", "weight_decay-0.0003"))
+    (tmp_path / "r_darts" / "config.json").write_text((tmp_path / "es" / "config.json").read_text())
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     with pytest.raises(run.Exit, match=re.escape(said)) as error:
-        baselines.main(arguments)
-    assert error.value.status == 2 and "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
+        baselines.main([*arguments, *(["--dataset", "digits"] if "--out" in arguments else [])])
+    assert error.value.status == 2 and "\n" not in str(error.value)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_help_of_baselines_has_the_papers_rows(capsys):
@@ -2336,6 +2393,13 @@ def test_tables_read_baselines(tmp_path, monkeypatch, capsys):
     rows = {line.split(" | ")[0][2:]: line for line in capsys.readouterr().out.splitlines()[2:]}
     for name, hours in (("DARTS-ES", "2.00 h"), ("DARTS, second order", "2.00 h"), ("DARTS+PT", "1.50 h"), ("R-DARTS", "4.00 h")):
         assert rows[name].endswith(f"| 3.00 (3.00) | 1.300 | {hours}, Tesla |"), rows[name]
+    for name, flag, value in (("es", "window", 7), ("pt", "tune_epochs", 1)):             # no row mixes a method's own settings
+        shutil.copytree(name, f"{name}2")
+        config = json.loads(Path(name, "config.json").read_text())
+        Path(f"{name}2", "config.json").write_text(json.dumps({**config, flag: value}))
+        retrained(Path(f"t-{name}2"), f"{name}2/genotype.json", 3.0)
+        with pytest.raises(run.Exit, match=f"{name}2 has --{flag} {value} and {name} "):
+            figures.main(["table1", f"t-{name}", f"t-{name}2"])
     with pytest.raises(run.Exit, match=re.escape("pt is no single search (perturbation)")):
         figures.read_searches(SimpleNamespace(runs=["pt"], data=None, device=None), nets=False)
 
