@@ -2240,10 +2240,11 @@ def test_brief_training_sees_the_training_split_only(tmp_path, monkeypatch):
     options, read = seen[0]
     assert options.weight_decay == 3e-4 and options.epochs == 100                        # retraining's protocol, not the search's
     assert options.cutout_length == 2                       # and fitted to the size of the images:
-    args = search.parse(["--dataset", "fashion_mnist", "--image_size", "8"], baselines.searching("r_darts"), "r_darts")
+    args = search.parse(["--dataset", "fashion_mnist", "--image_size", "8", "--amp"], baselines.searching("r_darts"), "r_darts")
     with pytest.raises(FileNotFoundError):
         baselines.train_briefly(PUBLISHED["VS_DARTS"].genotype, args, tmp_path / "trained")
-    assert (seen.pop()[0].cutout_length, seen) == (4, [(options, read)])
+    small = seen.pop()[0]
+    assert (small.cutout_length, small.amp, options.amp, seen) == (4, True, False, [(options, read)])
     batches, classes, side = read(options, True, torch.device("cpu"), torch.contiguous_format, 0, 1)
     tested, _, _ = read(options, False, torch.device("cpu"), torch.contiguous_format, 0, 1)
     split = data.load("digits", "unused", True)
