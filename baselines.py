@@ -218,8 +218,8 @@ FOLDERS = {decay: f"weight_decay-{decay:g}" for decay in DECAYS}
 
 
 def r_darts(arguments):
-    """Four searches, with weight decay 3, 9, 27 and 81e-4 (RobustDARTS's grid) whatever --weight_decay says; each cell is
-    trained briefly on the half for w, and the best on the half for alpha is kept."""
+    """Four searches, with weight decay 3, 9, 27 and 81e-4 (from RobustDARTS's grid; --weight_decay is not taken). Each cell is
+    trained briefly on the half for w, and the best on the half for alpha is kept. In first order, as ES and ADA."""
     args = search.parse(arguments, searching("r_darts"), "r_darts")
     out, errors = Path(args.out), {}
     if args.weight_decay != 3e-4:
