@@ -66,6 +66,7 @@ def second_order_gradient(net, w_optimizer, valid_batch, train_batch, autocast, 
             momentum = 0 if buffer is None else group["momentum"] * buffer
             moved.append(w - group["lr"] * (momentum + f * (g + group["weight_decay"] * w)))
     moved = [w.requires_grad_() for w in moved]
+    torch.manual_seed(seed + 1)                             # and other noise for the validation batch
     loss = loss_at(net, dict(zip(names, moved)), *valid_batch, autocast)
     *v, direct_normal, direct_reduce = torch.autograd.grad(loss, [*moved, *net.alphas])
     with torch.no_grad():
