@@ -169,7 +169,7 @@ def es(arguments):
 
 
 def ada(arguments):
-    """Adaptive regularization: at the alarm that would stop ES, it goes back as far, with ten times the weight decay.
+    """Adaptive regularization: at the alarm that would stop ES, the search goes back as far, with ten times the decay.
 
     In first order, where RobustDARTS's scripts take the second. The checkpoints of all epochs are kept until the end, as
     alarms may return to ever earlier ones.

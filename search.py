@@ -214,7 +214,7 @@ def make_parser(program="search.py", description=__doc__):
     add("--sqrt_beta", action="store_true", help="weigh operations by the root of beta, Eq. 6 (section 4.3)")
     add("--larc_trust", type=number(float, 0, above=True), default=1.0,
         help="trust coefficient of --larc (default %(default)s: the formula as printed in section 4.2, which has none; 0.3 "
-        "and 0.1 gave no lower error over three seeds, see the README)")
+        "and 0.1 gave no clearly lower error over three seeds, see the README)")
     add("--larc_clip", action="store_true", help="clip form of --larc, never above the global rate (with --larc_trust 0.02: "
         "apex, and so the authors' release)")
     add("--batch_size", type=number(int, 2), default=64, help="images in each of a step's two batches (default %(default)s: "
