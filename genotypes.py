@@ -1,16 +1,19 @@
-"""Cells as plain values: the genotype, the search spaces, and the published cells of the paper's Tables 1 and 2.
+"""Cells as plain values: the genotype, the search spaces, the published cells of the paper's Tables 1 and 2.
 
-    python genotypes.py                      the table of all published cells, counted and as published
-    python genotypes.py VS_DARTS             one cell: its nodes and edges, its sizes, its retrain.py command
-    python genotypes.py runs/.../genotype.json
-    python genotypes.py --random 0 > cell.json   a random cell of the DARTS space, of seed 0
+    python genotypes.py                         the published cells, a line for each
+    python genotypes.py VS_DARTS                one cell: nodes and edges, sizes, DARTS's notation
+    python genotypes.py FILE --pt_darts         a cell in a file, and pt.darts's notation, too
+    python genotypes.py --random 0 > cell.json  a random cell of the DARTS space, of seed 0
 
-A genotype is a value that JSON can hold; files are read with json and checked, never evaluated.
+FILE is a genotype.json of ours, or a text with one cell as DARTS, its forks or pt.darts write it:
+an entry of their genotypes.py, a line of a log, or lists in JSON. It is parsed, never evaluated.
 """
+import argparse
+import ast
 import json
 import os
 import random
-import shlex
+import re
 import sys
 from typing import NamedTuple
 
@@ -20,9 +23,8 @@ from model import OPS, Network, count_macs, count_parameters
 
 
 class Genotype(NamedTuple):
-    """A normal and a reduction cell. Node 0 is the cell before the last, node 1 the last, nodes 2, 3, ... are here.
-
-    normal, reduce: for each node from 2 on, its inputs as pairs (operation, source node), one or more of them.
+    """A normal and a reduction cell. Node 0 is the last cell but one, node 1 the last; 2, 3, ... are here.
+    normal, reduce: for each node from 2 on, its inputs as pairs (operation, source node), one or more.
     normal_concat, reduce_concat: the nodes whose concatenation is the cell's output.
     """
     normal: tuple
@@ -31,324 +33,110 @@ class Genotype(NamedTuple):
     reduce_concat: tuple
 
 
-def from_json(text):
-    """The Genotype written in `text`. Raises ValueError, saying what is wrong, for anything else."""
+def load_genotype(name_or_file):
+    """The genotype of a published cell's name, or in a file. Raises ValueError, one line, for others."""
+    if name_or_file in PUBLISHED:
+        return PUBLISHED[name_or_file].genotype
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON ({error})") from None
-    if not isinstance(value, dict) or set(value) != set(Genotype._fields):
-        raise ValueError(f"it must be one object with the keys {', '.join(Genotype._fields)}")
-    for cell in ("normal", "reduce"):
-        check_cell(cell, value[cell], value[f"{cell}_concat"])
-    return Genotype(*(tuple(tuple(map(tuple, node)) for node in value[cell]) if "concat" not in cell
-                      else tuple(value[cell]) for cell in Genotype._fields))
+        with open(name_or_file, encoding="utf-8-sig") as file:
+            return from_text(file.read())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name_or_file} is no published cell (`python genotypes.py` lists them) "
+                         f"and no genotype: {error}") from None
 
 
-def check_cell(cell, nodes, concat):
-    def is_node(i, below):
-        return type(i) is int and 0 <= i < below
+INSIDE = r"[^()]*"
+for _ in "cell", "node", "input":                           # brackets in brackets, as deep as they can be
+    INSIDE = rf"[^()]*(?:\({INSIDE}\)[^()]*)*"
+CALL = re.compile(rf"\b(?:(\w+)\s*=\s*(?:[\w.]{{1,99}}\.)?)?(?<!class )(Genotype\s*\({INSIDE}\))")
 
-    if not isinstance(nodes, list) or not nodes:
+
+def from_text(text):
+    """The one Genotype in `text`: in JSON, or as DARTS, its forks and pt.darts print it, amid other text.
+    Raises ValueError, one line that ends with an example, for anything else."""
+    text = text.replace("\\", "")                           # of shells and of strings in JSON
+    try:
+        genotype = parse(find_call(text) or text.strip())
+        return Genotype(*checked_cell("normal", genotype.normal, genotype.normal_concat),
+                        *checked_cell("reduce", genotype.reduce, genotype.reduce_concat))
+    except ValueError as error:
+        raise ValueError(f"{error}. What is read: JSON as `python genotypes.py --random 0` prints it, or "
+                         "Genotype(normal=[('sep_conv_3x3', 0), ('skip_connect', 1), ...], "
+                         "normal_concat=range(2, 6), reduce=[...], reduce_concat=range(2, 6))") from None
+
+
+def find_call(text):
+    """Genotype(...) out of `text`, None without one. Raises ValueError if there are several cells."""
+    calls, names = {}, {}
+    for name, call in CALL.findall(text):
+        calls[re.sub(r"\W+", " ", call)] = call             # the same words: one cell, in whatever notation
+        names[name or "one without a name"] = True
+    if len(calls) > 1:
+        raise ValueError(f"there are {len(calls)} genotypes ({', '.join(names)}) where one is wanted")
+    return calls.popitem()[1] if calls else None
+
+
+def parse(text):
+    """The Genotype in the words Genotype(...), a JSON object or a JSON list; its fields are not checked."""
+    text = re.sub(r"\brange\((\d),\s*(\d\d?)\)", lambda ends: str([*range(int(ends[1]), int(ends[2]))]), text)
+    try:
+        tree = ast.parse(text, mode="eval").body
+        if isinstance(tree, ast.Call) and ast.unparse(tree.func) == "Genotype":
+            fields = {word.arg: ast.literal_eval(word.value) for word in tree.keywords}
+            return Genotype(*map(ast.literal_eval, tree.args), **fields)
+        value = ast.literal_eval(tree)
+        return Genotype(**value) if isinstance(value, dict) else Genotype(*value)
+    except TypeError:
+        raise ValueError(f"it must have four fields, {', '.join(Genotype._fields)}") from None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError("it is neither JSON nor Genotype(...) of plain lists, strings and numbers") from None
+
+
+def checked_cell(cell, nodes, concat):
+    """nodes, concat as tuples; DARTS's flat list is divided, two inputs a node. Raises ValueError."""
+    def is_list(value):
+        return isinstance(value, (list, tuple)) and len(value) > 0
+    if not is_list(nodes):
         raise ValueError(f"{cell} must be a list of nodes")
+    if is_list(nodes[0]) and isinstance(nodes[0][0], str):
+        if len(nodes) % 2:
+            raise ValueError(f"{cell} is a flat list of {len(nodes)} inputs, not two for each node")
+        nodes = [nodes[i:i + 2] for i in range(0, len(nodes), 2)]
     for j, node in enumerate(nodes, start=2):
-        if not isinstance(node, list) or not node:
-            raise ValueError(f"{cell}, node {j}: it must be a list of [operation, source]")
-        for pair in node:
-            if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str) or pair[0] not in OPS:
-                raise ValueError(f"{cell}, node {j}: {pair} is not [operation, source] with a known operation")
-            if not is_node(pair[1], j):
-                raise ValueError(f"{cell}, node {j}: the source {pair[1]} is not a node before it")
-    if not isinstance(concat, list) or not concat or not all(is_node(i, len(nodes) + 2) and i >= 2 for i in concat) or \
-            len(set(concat)) < len(concat):
-        raise ValueError(f"{cell}_concat must list nodes of the cell from 2 to {len(nodes) + 1}, each once")
+        for pair in node if is_list(node) else [node]:
+            if not is_list(pair) or len(pair) != 2 or str(pair[0]) not in OPS:
+                raise ValueError(f"{cell}, node {j}: {pair!r} is not (operation of model.py, source)")
+            if type(pair[1]) is not int or pair[1] not in range(j):
+                raise ValueError(f"{cell}, node {j}: the source {pair[1]!r} is not a node before it")
+    inner = range(2, len(nodes) + 2)
+    if (not is_list(concat) or any(type(i) is not int or i not in inner for i in concat)
+            or len(set(concat)) < len(concat)):
+        raise ValueError(f"{cell}_concat must list nodes of the cell from 2 to {inner[-1]}, each once")
+    return tuple(tuple(map(tuple, node)) for node in nodes), tuple(concat)
 
 
 def to_json(genotype):
     return json.dumps(genotype._asdict(), indent=1)
 
 
-def load(name_or_file):
-    """The genotype of a published cell's name, or of a JSON file. Raises ValueError if it is neither."""
-    if name_or_file in PUBLISHED:
-        return PUBLISHED[name_or_file].genotype
-    try:
-        with open(name_or_file, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name_or_file} is no published cell ({', '.join(PUBLISHED)}) and no readable file "
-                         f"({getattr(error, 'strerror', None) or error})") from None
-    try:
-        return from_json(text)
-    except ValueError as error:
-        raise ValueError(f"{name_or_file} is no genotype: {error}") from None
-
-
-# ---------------------------------------------------------------- search spaces
-
-EDGES = [(i, j) for j in (2, 3, 4, 5) for i in range(j)]    # (source, target): the 14 edges of a cell of four nodes
-DARTS_PRIMITIVES = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
-                    "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
-
-SHORT = {"max": "max_pool_3x3", "avg": "avg_pool_3x3", "skip": "skip_connect",
-         "sep3": "sep_conv_3x3", "dil3": "dil_conv_3x3", "dil5": "dil_conv_5x5"}
-S1 = {  # RobustDARTS (automl/RobustDARTS at 3dec3fe), src/spaces.py: two candidates an edge, in the order of EDGES
-    "normal": "skip dil3, skip dil5,  skip dil5, skip sep3, skip dil3,  max skip, skip sep3, skip sep3, skip dil3,  "
-              "skip sep3, max skip, skip dil3, dil3 dil5, dil3 dil5",
-    "reduce": "max avg, max dil3,  max avg, max avg, skip dil5,  max avg, max sep3, skip dil3, skip dil5,  "
-              "max avg, max avg, skip dil5, skip dil5, skip dil5",
-}
-
-
-def everywhere(*primitives):
-    return {cell: {edge: primitives for edge in EDGES} for cell in ("normal", "reduce")}
-
-
-# {space: {"normal" or "reduce": {(source, target): primitives}}}
-SPACES = {
-    "darts": everywhere(*DARTS_PRIMITIVES),
-    "s1": {cell: {edge: tuple(SHORT[name] for name in names.split()) for edge, names in zip(EDGES, text.split(","))}
-           for cell, text in S1.items()},
-    "s2": everywhere("skip_connect", "sep_conv_3x3"),
-    "s3": everywhere("none", "skip_connect", "sep_conv_3x3"),
-    "s4": everywhere("noise", "sep_conv_3x3"),
-}
-
-
-def random_genotype(seed):
-    """A cell of the DARTS space: for each node two different inputs, on each an operation but `none`, all equally likely."""
-    draw = random.Random(seed)
-    cells = {}
+def pt_darts_notation(genotype):
+    """As pt.darts (khanrc/pt.darts) prints it. A second line, a comment: what operations it lacks."""
+    fields, names = [], set()
     for cell in ("normal", "reduce"):
-        cells[cell] = tuple(tuple((draw.choice(DARTS_PRIMITIVES[1:]), i) for i in draw.sample(range(j), 2))
-                            for j in (2, 3, 4, 5))
-        cells[f"{cell}_concat"] = (2, 3, 4, 5)
-    return Genotype(**cells)
+        nodes, concat = getattr(genotype, cell), list(getattr(genotype, f"{cell}_concat"))
+        run = range(concat[0], concat[-1] + 1)
+        concat = run if list(run) == concat else concat
+        fields += [f"{cell}={[list(node) for node in nodes]}", f"{cell}_concat={concat}"]
+        names |= {name for node in nodes for name, _ in node}
+    absent = ", ".join(sorted(names - {*DARTS_PRIMITIVES, "sep_conv_7x7"}))
+    return f"Genotype({', '.join(fields)})" + (f"\n# warning: DARTS's code has no {absent}" if absent else "")
 
 
-# ---------------------------------------------------------------- published cells
-
-class Published(NamedTuple):
-    """A cell, where it is published, and its published figures (None: not published).
-
-    cifar10: (parameters in M, test error in %). imagenet: (parameters in M, multiply-adds in M, top-1 error in %).
-    macs: how its multiply-adds were counted. note: what a reader should know. C_imagenet: channels of that network.
-    """
-    genotype: Genotype
-    source: str
-    cifar10: tuple
-    imagenet: tuple
-    macs: str
-    note: str
-    C_imagenet: int
-
-
-def published(normal, reduce, source, cifar10=(None, None), imagenet=(None, None, None), macs="", note="",
-              normal_concat=(2, 3, 4, 5), reduce_concat=(2, 3, 4, 5), C_imagenet=48):
-    """normal, reduce: the nodes' inputs as "operation source, ...", nodes divided by "|"."""
-    def nodes(cell):
-        return tuple(tuple((name, int(i)) for name, i in (pair.split() for pair in node.split(",")))
-                     for node in cell.split("|"))
-    genotype = Genotype(nodes(normal), normal_concat, nodes(reduce), reduce_concat)
-    return Published(genotype, source, cifar10, imagenet, macs, note, C_imagenet)
-
-
-PUBLISHED = {
-    "NASNet_A": published(
-        normal="sep_conv_5x5 1, sep_conv_3x3 0 | sep_conv_5x5 0, sep_conv_3x3 0 | avg_pool_3x3 1, skip_connect 0"
-               "| avg_pool_3x3 0, avg_pool_3x3 0 | sep_conv_3x3 1, skip_connect 1",
-        reduce="sep_conv_5x5 1, sep_conv_7x7 0 | max_pool_3x3 1, sep_conv_7x7 0 | avg_pool_3x3 1, sep_conv_5x5 0"
-               "| skip_connect 3, avg_pool_3x3 2 | sep_conv_3x3 2, max_pool_3x3 1",
-        normal_concat=(2, 3, 4, 5, 6), reduce_concat=(4, 5, 6),
-        source="quark0/darts f276dd3, cnn/genotypes.py", cifar10=(3.3, 2.65), imagenet=(5.3, 564, 26.0),
-        note="published figures are of NASNet's own networks, not of this cell in DARTS's"),
-    "AmoebaNet_A": published(
-        normal="avg_pool_3x3 0, max_pool_3x3 1 | sep_conv_3x3 0, sep_conv_5x5 2 | sep_conv_3x3 0, avg_pool_3x3 3"
-               "| sep_conv_3x3 1, skip_connect 1 | skip_connect 0, avg_pool_3x3 1",
-        reduce="avg_pool_3x3 0, sep_conv_3x3 1 | max_pool_3x3 0, sep_conv_7x7 2 | sep_conv_7x7 0, avg_pool_3x3 1"
-               "| max_pool_3x3 0, max_pool_3x3 1 | conv_7x1_1x7 0, sep_conv_3x3 5",
-        normal_concat=(4, 5, 6), reduce_concat=(3, 4, 6),
-        source="quark0/darts f276dd3, cnn/genotypes.py", cifar10=(3.2, 3.34), imagenet=(5.1, 555, 25.5),
-        note="not the paper's AmoebaNet row, which is B; figures from DARTS's tables"),
-    "AmoebaNet_B": published(
-        normal="sep_conv_3x3 0, skip_connect 1 | max_pool_3x3 1, nor_conv_1x1 1 | sep_conv_3x3 0, nor_conv_1x1 1"
-               "| skip_connect 3, nor_conv_1x1 3 | avg_pool_3x3 1, nor_conv_1x1 5",
-        reduce="max_pool_2x2 0, max_pool_3x3 0 | dil_conv_5x5 2, max_pool_3x3 2 | skip_connect 2, nor_conv_3x3 1"
-               "| avg_pool_3x3 3, nor_conv_1x1 4 | skip_connect 4, sep_conv_3x3 1",
-        normal_concat=(2, 4, 6), reduce_concat=(5, 6),
-        source="renqianluo/NAO, NAO/cnn/dag.py", cifar10=(2.8, 2.55), imagenet=(5.3, 555, 26.0),
-        note="published figures are of its own networks; the ImageNet ones from DARTS's table"),
-    "ENAS": published(
-        normal="sep_conv_3x3 1, skip_connect 1 | sep_conv_5x5 1, skip_connect 0 | avg_pool_3x3 0, sep_conv_3x3 1"
-               "| sep_conv_3x3 0, avg_pool_3x3 1 | sep_conv_5x5 1, avg_pool_3x3 0",
-        reduce="sep_conv_5x5 0, avg_pool_3x3 1 | sep_conv_3x3 1, avg_pool_3x3 1 | sep_conv_3x3 1, avg_pool_3x3 1"
-               "| sep_conv_5x5 4, avg_pool_3x3 1 | sep_conv_3x3 5, sep_conv_5x5 0",
-        normal_concat=(2, 3, 4, 5, 6), reduce_concat=(2, 3, 6),
-        source="renqianluo/NAO, NAO/cnn/dag.py", cifar10=(4.6, 2.89),
-        note="the cell drawn in the ENAS paper, in DARTS's network; 4.6M is of ENAS's own"),
-    "ENAS_repository": published(
-        normal="avg_pool_3x3 0, sep_conv_3x3 0 | skip_connect 0, sep_conv_5x5 0 | skip_connect 0, sep_conv_5x5 1"
-               "| sep_conv_3x3 1, sep_conv_5x5 0 | avg_pool_3x3 0, sep_conv_5x5 1",
-        reduce="sep_conv_3x3 1, sep_conv_3x3 1 | max_pool_3x3 0, avg_pool_3x3 0 | sep_conv_5x5 1, sep_conv_5x5 3"
-               "| sep_conv_3x3 1, skip_connect 0 | max_pool_3x3 0, sep_conv_5x5 1",
-        normal_concat=(2, 3, 4, 5, 6), reduce_concat=(2, 4, 5, 6),
-        source="melodyguan/enas, scripts/cifar10_micro_final.sh",
-        note="the cell that ENAS's repository trains; no figure is published for it"),
-    "DARTS_V1": published(
-        normal="sep_conv_3x3 1, sep_conv_3x3 0 | skip_connect 0, sep_conv_3x3 1 | skip_connect 0, sep_conv_3x3 1"
-               "| sep_conv_3x3 0, skip_connect 2",
-        reduce="max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 0 | max_pool_3x3 0, skip_connect 2"
-               "| skip_connect 2, avg_pool_3x3 0",
-        source="quark0/darts f276dd3, cnn/genotypes.py", cifar10=(3.3, 3.00), note="first order"),
-    "DARTS_V2": published(
-        normal="sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 1, skip_connect 0"
-               "| skip_connect 0, dil_conv_3x3 2",
-        reduce="max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 1 | max_pool_3x3 0, skip_connect 2"
-               "| skip_connect 2, max_pool_3x3 1",
-        source="quark0/darts f276dd3, cnn/genotypes.py", cifar10=(3.3, 2.76), imagenet=(4.7, 574, 26.7),
-        macs="not reproduced", note="second order"),
-    "SNAS_mild": published(
-        normal="sep_conv_3x3 0, sep_conv_3x3 1 | skip_connect 0, dil_conv_3x3 1 | skip_connect 0, skip_connect 1"
-               "| skip_connect 0, sep_conv_3x3 1",
-        reduce="max_pool_3x3 0, max_pool_3x3 1 | max_pool_3x3 1, skip_connect 2 | max_pool_3x3 1, skip_connect 2"
-               "| max_pool_3x3 0, dil_conv_5x5 2",
-        source="SNAS-Series/SNAS-Series 9a43adb, genotypes.py", imagenet=(4.3, 522, 27.3), macs="not reproduced",
-        note="4.3M is SNAS_moderate's count, not this cell's"),
-    "SNAS_moderate": published(
-        normal="dil_conv_5x5 0, skip_connect 1 | sep_conv_3x3 0, skip_connect 1 | skip_connect 0, skip_connect 1"
-               "| sep_conv_3x3 0, dil_conv_5x5 1",
-        reduce="max_pool_3x3 0, max_pool_3x3 1 | sep_conv_5x5 0, dil_conv_5x5 1 | sep_conv_5x5 0, sep_conv_5x5 1"
-               "| sep_conv_5x5 0, sep_conv_5x5 0",
-        source="SNAS-Series/SNAS-Series 9a43adb, genotypes.py", cifar10=(2.8, 2.85),
-        note="Table 1's SNAS row"),
-    "GDAS": published(
-        normal="skip_connect 0, skip_connect 1 | skip_connect 0, sep_conv_5x5 2 | sep_conv_3x3 3, skip_connect 0"
-               "| sep_conv_5x5 4, sep_conv_3x3 3",
-        reduce="sep_conv_5x5 0, sep_conv_3x3 1 | sep_conv_5x5 2, sep_conv_5x5 1 | dil_conv_5x5 2, sep_conv_3x3 1"
-               "| sep_conv_5x5 0, sep_conv_5x5 1",
-        source="D-X-Y/AutoDL-Projects, xautodl/nas_infer_model/DXYs/genotypes.py",
-        cifar10=(3.4, 2.93), imagenet=(5.3, 581, 26.0), macs="conv+fc", note="ImageNet network with 50 channels",
-        C_imagenet=50),
-    "P_DARTS": published(
-        normal="skip_connect 0, dil_conv_3x3 1 | skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 1, sep_conv_3x3 3"
-               "| sep_conv_3x3 0, dil_conv_5x5 4",
-        reduce="avg_pool_3x3 0, sep_conv_5x5 1 | sep_conv_3x3 0, dil_conv_5x5 2 | max_pool_3x3 0, dil_conv_3x3 1"
-               "| dil_conv_3x3 1, dil_conv_5x5 3",
-        source="chenxin061/pdarts b880e87, genotypes.py", cifar10=(3.4, 2.50), imagenet=(4.9, 557, 24.4),
-        macs="ptflops"),
-    "PC_DARTS": published(
-        normal="sep_conv_3x3 1, skip_connect 0 | sep_conv_3x3 0, dil_conv_3x3 1 | sep_conv_5x5 0, sep_conv_3x3 1"
-               "| avg_pool_3x3 0, dil_conv_3x3 1",
-        reduce="sep_conv_5x5 1, max_pool_3x3 0 | sep_conv_5x5 1, sep_conv_5x5 2 | sep_conv_3x3 0, sep_conv_3x3 3"
-               "| sep_conv_3x3 1, sep_conv_3x3 2",
-        source="yuhuixu1993/PC-DARTS b74702f, genotypes.py", cifar10=(3.6, 2.57), imagenet=(5.3, 586, 25.1),
-        macs="ptflops", note="searched on CIFAR-10"),
-    "PC_DARTS_imagenet": published(
-        normal="skip_connect 1, sep_conv_3x3 0 | sep_conv_3x3 0, skip_connect 1 | sep_conv_3x3 1, sep_conv_3x3 3"
-               "| sep_conv_3x3 1, dil_conv_5x5 4",
-        reduce="sep_conv_3x3 0, skip_connect 1 | dil_conv_5x5 2, max_pool_3x3 1 | sep_conv_3x3 2, sep_conv_3x3 1"
-               "| sep_conv_5x5 0, sep_conv_3x3 3",
-        source="yuhuixu1993/PC-DARTS b74702f, genotypes.py", imagenet=(5.3, 597, 24.2), macs="ptflops",
-        note="searched on ImageNet; not in the paper's tables"),
-    "FairDARTS_B": published(
-        normal="sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 1 | dil_conv_3x3 0, sep_conv_5x5 1 | dil_conv_5x5 1",
-        reduce="skip_connect 0, dil_conv_3x3 1 | skip_connect 0, dil_conv_3x3 1 | max_pool_3x3 0, sep_conv_3x3 1"
-               "| skip_connect 2, max_pool_3x3 0",
-        source="xiaomi-automl/FairDARTS 270cfc9, fairdarts/genotypes.py", cifar10=(3.88, 2.51),
-        imagenet=(4.8, 541, 24.9), macs="conv+fc",
-        note="3.88M counts the auxiliary head (476,426); Table 1's row, 3.3 +- 0.5M and 2.54 %, is a mean of seven cells"),
-    "PR_DARTS": published(
-        normal="skip_connect 0, sep_conv_3x3 1 | dil_conv_3x3 2, sep_conv_3x3 0 | dil_conv_3x3 3, sep_conv_3x3 1"
-               "| dil_conv_3x3 4, dil_conv_3x3 1",
-        reduce="avg_pool_3x3 0, dil_conv_5x5 1 | sep_conv_3x3 0, dil_conv_5x5 2 | sep_conv_5x5 1, dil_conv_3x3 3"
-               "| dil_conv_5x5 4, dil_conv_5x5 1",
-        source="salesforce/PR-DARTS 732bf43, PRDARTS_eval/genotypes.py", cifar10=(3.4, 2.32),
-        imagenet=(5.0, 543, 24.1), macs="conv+fc"),
-    "DARTS_PT_0": published(
-        normal="sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_5x5 0, dil_conv_3x3 1 | skip_connect 0, skip_connect 2"
-               "| skip_connect 0, max_pool_3x3 4",
-        reduce="sep_conv_3x3 0, avg_pool_3x3 1 | dil_conv_5x5 1, dil_conv_3x3 2 | avg_pool_3x3 0, max_pool_3x3 2"
-               "| sep_conv_3x3 2, skip_connect 4",
-        source="ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", cifar10=(2.85, None),
-        note="Table 1's DARTS+PT, 3.0M and 2.61 +- 0.08 %, is the mean of 0 to 3; its ImageNet cell is not published"),
-    "DARTS_PT_1": published(
-        normal="sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 0, dil_conv_3x3 1 | max_pool_3x3 0, skip_connect 2"
-               "| skip_connect 0, dil_conv_3x3 4",
-        reduce="dil_conv_5x5 0, avg_pool_3x3 1 | max_pool_3x3 0, sep_conv_5x5 2 | max_pool_3x3 1, dil_conv_3x3 3"
-               "| sep_conv_5x5 0, sep_conv_3x3 4",
-        source="ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", cifar10=(3.05, None)),
-    "DARTS_PT_2": published(
-        normal="skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 0, dil_conv_3x3 1 | skip_connect 2, dil_conv_3x3 3"
-               "| max_pool_3x3 1, skip_connect 2",
-        reduce="avg_pool_3x3 0, max_pool_3x3 1 | avg_pool_3x3 0, sep_conv_3x3 1 | dil_conv_5x5 2, skip_connect 3"
-               "| sep_conv_3x3 2, sep_conv_5x5 4",
-        source="ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", cifar10=(2.66, None)),
-    "DARTS_PT_3": published(
-        normal="sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 0, sep_conv_3x3 1 | skip_connect 0, skip_connect 2"
-               "| sep_conv_3x3 1, skip_connect 3",
-        reduce="avg_pool_3x3 0, sep_conv_5x5 1 | max_pool_3x3 1, skip_connect 2 | dil_conv_5x5 1, max_pool_3x3 3"
-               "| sep_conv_5x5 2, skip_connect 3",
-        source="ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", cifar10=(3.33, None)),
-    "VS_DARTS": published(
-        normal="sep_conv_3x3 1, skip_connect 0 | sep_conv_3x3 1, sep_conv_3x3 2 | sep_conv_3x3 1, sep_conv_3x3 3"
-               "| sep_conv_3x3 1, max_pool_3x3 0",
-        reduce="max_pool_3x3 0, max_pool_3x3 1 | dil_conv_5x5 2, dil_conv_3x3 1 | dil_conv_5x5 2, max_pool_3x3 0"
-               "| sep_conv_5x5 0, dil_conv_5x5 2",
-        source="genesis1104/VS-DARTS 2325c4b, genotypes.py", cifar10=(3.38, 2.43), imagenet=(5.3, 589, 24.8),
-        macs="thop", note="the release's best cell, 3.72M; but Table 1's best row says 3.38M, which is VS_DARTS_2nd"),
-    "VS_DARTS_2nd": published(
-        normal="skip_connect 0, sep_conv_5x5 1 | sep_conv_3x3 1, skip_connect 0 | sep_conv_3x3 1, skip_connect 0"
-               "| sep_conv_3x3 1, sep_conv_5x5 3",
-        reduce="max_pool_3x3 0, dil_conv_3x3 1 | max_pool_3x3 0, sep_conv_3x3 1 | max_pool_3x3 0, dil_conv_5x5 2"
-               "| max_pool_3x3 0, skip_connect 2",
-        source="genesis1104/VS-DARTS 2325c4b, genotypes.py",
-        note="3.38M as in Table 1's best row; the mean of the three, 3.36M, is Table 1's average 3.4M (2.50 +- 0.05 %)"),
-    "VS_DARTS_3rd": published(
-        normal="sep_conv_3x3 0, sep_conv_3x3 1 | skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 1, skip_connect 0"
-               "| skip_connect 2, skip_connect 0",
-        reduce="max_pool_3x3 0, dil_conv_3x3 1 | max_pool_3x3 0, max_pool_3x3 1 | dil_conv_5x5 3, max_pool_3x3 0"
-               "| sep_conv_5x5 4, dil_conv_5x5 3",
-        source="genesis1104/VS-DARTS 2325c4b, genotypes.py"),
-    "VS_DARTS_without_LARC": published(
-        normal="sep_conv_3x3 1, skip_connect 0 | sep_conv_3x3 1, skip_connect 0 | sep_conv_3x3 1, skip_connect 0"
-               "| sep_conv_5x5 1, max_pool_3x3 0",
-        reduce="max_pool_3x3 0, sep_conv_5x5 1 | sep_conv_3x3 2, sep_conv_3x3 0 | dil_conv_5x5 1, dil_conv_5x5 3"
-               "| dil_conv_5x5 4, sep_conv_5x5 0",
-        source="genesis1104/VS-DARTS 2325c4b, genotypes.py",
-        note="no figure is published for it; Table 4 has no row of sqrt(beta) without LARC"),
-}
-
-
-# ---------------------------------------------------------------- the command
-
-def network(genotype, imagenet=False, C=None):
-    """The genotype's network in the published size, CIFAR-10 or ImageNet form; shapes only, no memory, no arithmetic."""
-    with torch.device("meta"):
-        return Network(genotype, C or 48, 14, 1000, imagenet=True) if imagenet else Network(genotype, C or 36, 20, 10)
-
-
-def print_table():
-    def number(value, digits):
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    print(f"{'':<22}{'CIFAR-10, 20 cells, 36 channels':<36}{'ImageNet, 14 cells, 48 channels (GDAS: 50)':<60}")
-    print(f"{'cell':<22}{'params, published':>18}{'error':>7}  | {'params, published':>18}{'MACs, published':>16}"
-          f"{'counted as':>16}{'top-1':>7}  source")
-    for name, cell in PUBLISHED.items():
-        params, net = count_parameters(network(cell.genotype)), network(cell.genotype, True, cell.C_imagenet)
-        print(f"{name:<22}{params:>10,}{number(cell.cifar10[0], 2):>8}{number(cell.cifar10[1], 2):>7}  | "
-              f"{count_parameters(net):>10,}{number(cell.imagenet[0], 1):>8}"
-              f"{count_macs(net, 224) / 1e6:>10.1f}{number(cell.imagenet[1], 0):>6}"
-              f"{cell.macs or '-':>16}{number(cell.imagenet[2], 1):>7}  {cell.source}")
-    print("""
-Parameters: counted here, and published in millions; auxiliary heads excluded. MACs: multiply-adds of one 224x224 image
-in millions, convolutions and classifier, counted here; then the number published. Table 2's FLOPs column mixes three
-conventions (counted as): conv+fc, as here; thop, which adds batch norms and average pools; ptflops, which adds batch
-norms, ReLUs and pools. Errors (%) are the published ones. Not published as cells: R-DARTS, PNAS and VS-DARTS + Proxy.
-""")
-    for name, cell in PUBLISHED.items():
-        if cell.note:
-            print(f"  {name}: {cell.note}")
+def darts_notation(genotype):
+    """As DARTS and its forks print it, a flat list. Raises ValueError if a node has not two inputs."""
+    if any(len(node) != 2 for node in genotype.normal + genotype.reduce):
+        raise ValueError("it cannot be written in DARTS's notation, which has two inputs a node")
+    return pt_darts_notation(genotype).replace("[[", "[").replace("], [", ", ").replace("]]", "]")
 
 
 def describe(genotype):
@@ -358,56 +146,200 @@ def describe(genotype):
         lines.append(f"  {cell} cell (0: the cell before the last, 1: the last)")
         for j, node in enumerate(getattr(genotype, cell), start=2):
             lines.append(f"    node {j} = " + " + ".join(f"{name}({i})" for name, i in node))
-        lines.append("    output = concat(" + ", ".join(map(str, getattr(genotype, f"{cell}_concat"))) + ")")
+        lines.append(f"    output = concat({', '.join(map(str, getattr(genotype, f'{cell}_concat')))})")
     return "\n".join(lines)
 
 
-def darts_notation(genotype):
-    """The genotype as DARTS and its forks write it, to be pasted into their genotypes.py; they want two inputs a node."""
-    nodes = genotype.normal + genotype.reduce
-    if any(len(node) != 2 for node in nodes):
-        return "(cannot be written in DARTS's notation: a node has one input, or more than two)"
-    normal, reduce = ([pair for node in cell for pair in node] for cell in (genotype.normal, genotype.reduce))
-    return (f"Genotype(normal={normal}, normal_concat={list(genotype.normal_concat)}, "
-            f"reduce={reduce}, reduce_concat={list(genotype.reduce_concat)})")
+# ---------------------------------------------------------------- search spaces
+
+EDGES = [(i, j) for j in (2, 3, 4, 5) for i in range(j)]    # (source, target): 14 edges, four nodes
+DARTS_PRIMITIVES = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
+                    "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
+SHORT = {"skip": "skip_connect", "max": "max_pool_3x3", "avg": "avg_pool_3x3", "max2": "max_pool_2x2",
+         "sep3": "sep_conv_3x3", "sep5": "sep_conv_5x5", "sep7": "sep_conv_7x7",
+         "dil3": "dil_conv_3x3", "dil5": "dil_conv_5x5", "nor1": "nor_conv_1x1", "nor3": "nor_conv_3x3"}
+S1 = {  # automl/RobustDARTS at 3dec3fe, src/spaces.py: two candidates an edge, in the order of EDGES
+    "normal": "skip dil3, skip dil5,  skip dil5, skip sep3, skip dil3,  max skip, skip sep3, skip sep3, "
+              "skip dil3,  skip sep3, max skip, skip dil3, dil3 dil5, dil3 dil5",
+    "reduce": "max avg, max dil3,  max avg, max avg, skip dil5,  max avg, max sep3, skip dil3, "
+              "skip dil5,  max avg, max avg, skip dil5, skip dil5, skip dil5",
+}
 
 
-def print_cell(name_or_file):
-    genotype = load(name_or_file)
-    published_cell = PUBLISHED.get(name_or_file)
-    print(name_or_file)
-    if published_cell:
-        print(f"  source: {published_cell.source}" + (f"\n  note: {published_cell.note}" if published_cell.note else ""))
+def everywhere(*primitives):
+    return {cell: {edge: primitives for edge in EDGES} for cell in ("normal", "reduce")}
+
+
+SPACES = {  # {space: {"normal" or "reduce": {(source, target): primitives}}}
+    "darts": everywhere(*DARTS_PRIMITIVES),
+    "s1": {cell: {edge: tuple(map(SHORT.get, words.split())) for edge, words in zip(EDGES, text.split(","))}
+           for cell, text in S1.items()},
+    "s2": everywhere("skip_connect", "sep_conv_3x3"),
+    "s3": everywhere("none", "skip_connect", "sep_conv_3x3"),
+    "s4": everywhere("noise", "sep_conv_3x3"),
+}
+
+
+def random_genotype(seed):
+    """A cell of the DARTS space: two inputs a node, on each an operation but `none`, all equally likely."""
+    if seed < 0:
+        raise ValueError("a seed is a whole number from 0 on")
+    draw, cells = random.Random(seed), []
+    for _ in "normal", "reduce":
+        cells.append(tuple(tuple((draw.choice(DARTS_PRIMITIVES[1:]), i) for i in draw.sample(range(j), 2))
+                           for j in (2, 3, 4, 5)))
+    return Genotype(cells[0], (2, 3, 4, 5), cells[1], (2, 3, 4, 5))
+
+
+class Published(NamedTuple):
+    """A cell, where it is published, and its published figures (None: not published).
+    cifar10: (parameters in M, test error in %). imagenet: (parameters in M, multiply-adds in M, top-1 error).
+    counted_as: how the multiply-adds were counted. C_imagenet: channels of that network.
+    """
+    genotype: Genotype
+    source: str
+    cifar10: tuple = (None, None)
+    imagenet: tuple = (None, None, None)
+    counted_as: str = ""
+    note: str = ""
+    C_imagenet: int = 48
+
+
+def published(*figures, normal, reduce, **more):
+    """normal, reduce: "operation source, ... | ...; concat": operations as in SHORT, nodes divided by "|"."""
+    def cell(text):
+        text, _, concat = text.partition(";")
+        nodes = [[pair.split() for pair in node.split(",")] for node in text.split("|")]
+        nodes = tuple(tuple((SHORT[word], int(i)) for word, i in node) for node in nodes)
+        return nodes, tuple(map(int, (concat or "2 3 4 5").split()))
+    return Published(Genotype(*cell(normal), *cell(reduce)), *figures, **more)
+
+
+PUBLISHED = {
+    "NASNet_A": published("quark0/darts f276dd3, cnn/genotypes.py", (3.3, 2.65), (5.3, 564, 26.0),
+        normal="sep5 1, sep3 0 | sep5 0, sep3 0 | avg 1, skip 0 | avg 0, avg 0 | sep3 1, skip 1; 2 3 4 5 6",
+        reduce="sep5 1, sep7 0 | max 1, sep7 0 | avg 1, sep5 0 | skip 3, avg 2 | sep3 2, max 1; 4 5 6",
+        note="published figures are of NASNet's own networks, not of this cell in DARTS's"),
+    "AmoebaNet_B": published("renqianluo/NAO, NAO/cnn/dag.py", (2.8, 2.55), (5.3, 555, 26.0),
+        normal="sep3 0, skip 1 | max 1, nor1 1 | sep3 0, nor1 1 | skip 3, nor1 3 | avg 1, nor1 5; 2 4 6",
+        reduce="max2 0, max 0 | dil5 2, max 2 | skip 2, nor3 1 | avg 3, nor1 4 | skip 4, sep3 1; 5 6",
+        note="published figures are of its own networks; the ImageNet ones from DARTS's table"),
+    "ENAS": published("renqianluo/NAO, NAO/cnn/dag.py", (4.6, 2.89),
+        normal="sep3 1, skip 1 | sep5 1, skip 0 | avg 0, sep3 1 | sep3 0, avg 1 | sep5 1, avg 0; 2 3 4 5 6",
+        reduce="sep5 0, avg 1 | sep3 1, avg 1 | sep3 1, avg 1 | sep5 4, avg 1 | sep3 5, sep5 0; 2 3 6",
+        note="the cell drawn in the ENAS paper, in DARTS's network; 4.6M is of ENAS's own"),
+    "DARTS_V1": published("quark0/darts f276dd3, cnn/genotypes.py", (3.3, 3.00),
+        normal="sep3 1, sep3 0 | skip 0, sep3 1 | skip 0, sep3 1 | sep3 0, skip 2",
+        reduce="max 0, max 1 | skip 2, max 0 | max 0, skip 2 | skip 2, avg 0", note="first order"),
+    "DARTS_V2": published("quark0/darts f276dd3, cnn/genotypes.py", (3.3, 2.76), (4.7, 574, 26.7),
+        normal="sep3 0, sep3 1 | sep3 0, sep3 1 | sep3 1, skip 0 | skip 0, dil3 2", note="second order",
+        reduce="max 0, max 1 | skip 2, max 1 | max 0, skip 2 | skip 2, max 1", counted_as="not reproduced"),
+    "SNAS_mild": published("SNAS-Series/SNAS-Series 9a43adb, genotypes.py", imagenet=(4.3, 522, 27.3),
+        normal="sep3 0, sep3 1 | skip 0, dil3 1 | skip 0, skip 1 | skip 0, sep3 1",
+        reduce="max 0, max 1 | max 1, skip 2 | max 1, skip 2 | max 0, dil5 2", counted_as="not reproduced",
+        note="4.3M is SNAS_moderate's count, not this cell's"),
+    "SNAS_moderate": published("SNAS-Series/SNAS-Series 9a43adb, genotypes.py", (2.8, 2.85),
+        normal="dil5 0, skip 1 | sep3 0, skip 1 | skip 0, skip 1 | sep3 0, dil5 1",
+        reduce="max 0, max 1 | sep5 0, dil5 1 | sep5 0, sep5 1 | sep5 0, sep5 0", note="Table 1's SNAS row"),
+    "GDAS": published("D-X-Y/AutoDL-Projects, xautodl/nas_infer_model/DXYs/genotypes.py", (3.4, 2.93),
+        normal="skip 0, skip 1 | skip 0, sep5 2 | sep3 3, skip 0 | sep5 4, sep3 3",
+        reduce="sep5 0, sep3 1 | sep5 2, sep5 1 | dil5 2, sep3 1 | sep5 0, sep5 1",
+        imagenet=(5.3, 581, 26.0), counted_as="conv+fc", C_imagenet=50),
+    "P_DARTS": published("chenxin061/pdarts b880e87, genotypes.py", (3.4, 2.50), (4.9, 557, 24.4),
+        normal="skip 0, dil3 1 | skip 0, sep3 1 | sep3 1, sep3 3 | sep3 0, dil5 4",
+        reduce="avg 0, sep5 1 | sep3 0, dil5 2 | max 0, dil3 1 | dil3 1, dil5 3", counted_as="ptflops"),
+    "PC_DARTS": published("yuhuixu1993/PC-DARTS b74702f, genotypes.py", (3.6, 2.57), (5.3, 586, 25.1),
+        normal="sep3 1, skip 0 | sep3 0, dil3 1 | sep5 0, sep3 1 | avg 0, dil3 1", note="found on CIFAR-10",
+        reduce="sep5 1, max 0 | sep5 1, sep5 2 | sep3 0, sep3 3 | sep3 1, sep3 2", counted_as="ptflops"),
+    "FairDARTS_B": published("xiaomi-automl/FairDARTS 270cfc9, fairdarts/genotypes.py", (3.88, 2.51),
+        normal="sep3 0, sep3 1 | sep3 1 | dil3 0, sep5 1 | dil5 1", imagenet=(4.8, 541, 24.9),
+        reduce="skip 0, dil3 1 | skip 0, dil3 1 | max 0, sep3 1 | skip 2, max 0", counted_as="conv+fc",
+        note="3.88M counts the auxiliary head; Table 1's row, 3.3 +- 0.5M, 2.54 %, is a mean of seven cells"),
+    "PR_DARTS": published("salesforce/PR-DARTS 732bf43, PRDARTS_eval/genotypes.py", (3.4, 2.32),
+        normal="skip 0, sep3 1 | dil3 2, sep3 0 | dil3 3, sep3 1 | dil3 4, dil3 1",
+        reduce="avg 0, dil5 1 | sep3 0, dil5 2 | sep5 1, dil3 3 | dil5 4, dil5 1",
+        imagenet=(5.0, 543, 24.1), counted_as="conv+fc"),
+    "DARTS_PT_0": published("ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", (2.85, None),
+        normal="sep3 0, sep3 1 | sep5 0, dil3 1 | skip 0, skip 2 | skip 0, max 4",
+        reduce="sep3 0, avg 1 | dil5 1, dil3 2 | avg 0, max 2 | sep3 2, skip 4",
+        note="Table 1's 3.0M and 2.61 +- 0.08 % are means of 0 to 3; its ImageNet cell is not published"),
+    "DARTS_PT_1": published("ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", (3.05, None),
+        normal="sep3 0, sep3 1 | sep3 0, dil3 1 | max 0, skip 2 | skip 0, dil3 4",
+        reduce="dil5 0, avg 1 | max 0, sep5 2 | max 1, dil3 3 | sep5 0, sep3 4"),
+    "DARTS_PT_2": published("ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", (2.66, None),
+        normal="skip 0, sep3 1 | sep3 0, dil3 1 | skip 2, dil3 3 | max 1, skip 2",
+        reduce="avg 0, max 1 | avg 0, sep3 1 | dil5 2, skip 3 | sep3 2, sep5 4"),
+    "DARTS_PT_3": published("ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", (3.33, None),
+        normal="sep3 0, sep3 1 | sep3 0, sep3 1 | skip 0, skip 2 | sep3 1, skip 3",
+        reduce="avg 0, sep5 1 | max 1, skip 2 | dil5 1, max 3 | sep5 2, skip 3"),
+    "VS_DARTS": published("genesis1104/VS-DARTS 2325c4b, genotypes.py", (3.38, 2.43), (5.3, 589, 24.8),
+        normal="sep3 1, skip 0 | sep3 1, sep3 2 | sep3 1, sep3 3 | sep3 1, max 0",
+        reduce="max 0, max 1 | dil5 2, dil3 1 | dil5 2, max 0 | sep5 0, dil5 2", counted_as="thop",
+        note="the release's best cell, 3.72M; but Table 1's best row says 3.38M, which is VS_DARTS_2nd"),
+    "VS_DARTS_2nd": published("genesis1104/VS-DARTS 2325c4b, genotypes.py",
+        normal="skip 0, sep5 1 | sep3 1, skip 0 | sep3 1, skip 0 | sep3 1, sep5 3",
+        reduce="max 0, dil3 1 | max 0, sep3 1 | max 0, dil5 2 | max 0, skip 2",
+        note="3.38M as in Table 1's best row; the three cells' mean, 3.36M, is its 3.4M (2.50 +- 0.05 %)"),
+    "VS_DARTS_3rd": published("genesis1104/VS-DARTS 2325c4b, genotypes.py",
+        normal="sep3 0, sep3 1 | skip 0, sep3 1 | sep3 1, skip 0 | skip 2, skip 0",
+        reduce="max 0, dil3 1 | max 0, max 1 | dil5 3, max 0 | sep5 4, dil5 3"),
+    "VS_DARTS_without_LARC": published("genesis1104/VS-DARTS 2325c4b, genotypes.py",
+        normal="sep3 1, skip 0 | sep3 1, skip 0 | sep3 1, skip 0 | sep5 1, max 0",
+        reduce="max 0, sep5 1 | sep3 2, sep3 0 | dil5 1, dil5 3 | dil5 4, sep5 0",
+        note="no figure is published for it; Table 4 has no row of sqrt(beta) without LARC"),
+}
+
+
+def network(genotype, imagenet=False, C=None):
+    """The genotype's network in the published size, CIFAR-10 or ImageNet form, without values (on "meta")."""
+    C, layers, classes = (C or 48, 14, 1000) if imagenet else (C or 36, 20, 10)
+    with torch.device("meta"):
+        return Network(genotype, C, layers, classes, imagenet=imagenet)
+
+
+def print_cell(name_or_file, pt_darts):
+    genotype = load_genotype(name_or_file)
+    cell = PUBLISHED.get(name_or_file, Published(genotype, "a file"))
+    print(f"{name_or_file}\n  source: {cell.source}" + (f"\n  note: {cell.note}" if cell.note else ""))
     print(describe(genotype))
-    C = published_cell.C_imagenet if published_cell else 48
-    for title, net, size in (("CIFAR-10, 20 cells, 36 channels", network(genotype), 32),
-                             (f"ImageNet, 14 cells, {C} channels", network(genotype, True, C), 224)):
-        print(f"  {title}: {count_parameters(net):,} parameters, {count_macs(net, size):,} multiply-adds")
-    print(f"  in DARTS's notation, for a fork's genotypes.py:\n{darts_notation(genotype)}")
-    print(f"  python retrain.py --genotype {shlex.quote(name_or_file)}")
+    imagenet = network(genotype, True, cell.C_imagenet)
+    for form, net, size in (("CIFAR-10, 20 cells, 36 channels", network(genotype), 32),
+                            (f"ImageNet, 14 cells, {cell.C_imagenet} channels", imagenet, 224)):
+        print(f"  {form}: {count_parameters(net):,} parameters, {count_macs(net, size):,} multiply-adds")
+    try:
+        print(f"  in DARTS's notation, for a fork's genotypes.py:\n{darts_notation(genotype)}")
+    except ValueError as error:
+        print(f"  {error}")
+    if pt_darts:
+        print(f"  in pt.darts's notation:\n{pt_darts_notation(genotype)}")
 
 
 def main(arguments):
-    if arguments in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
+    parser = argparse.ArgumentParser("genotypes.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"genotypes.py: {message} (see --help)\n")
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("cell", nargs="?", help="the name of a published cell, or a file")
+    one_of.add_argument("--random", type=int, metavar="SEED", help="print a random cell, as JSON")
+    parser.add_argument("--pt_darts", action="store_true", help="print the cell in pt.darts's notation, too")
+    args = parser.parse_args(arguments)
+    if args.pt_darts and args.cell is None:
+        parser.error("--pt_darts is for a named cell, or one in a file")
     try:
-        if arguments[:1] == ["--random"]:
-            if len(arguments) != 2 or not arguments[1].isdecimal():
-                raise ValueError("--random takes one seed, a whole number from 0 (see --help)")
-            print(to_json(random_genotype(int(arguments[1]))))
-        elif len(arguments) > 1:
-            raise ValueError(f"one cell at most, not {len(arguments)} (see --help)")
+        if args.cell is not None:
+            print_cell(args.cell, args.pt_darts)
+        elif args.random is not None:
+            print(to_json(random_genotype(args.random)))
         else:
-            print_cell(arguments[0]) if arguments else print_table()
+            for name, cell in PUBLISHED.items():
+                print(f"{name:<22} {cell.source}")
+            print("`python genotypes.py NAME` shows one of them.")
         sys.stdout.flush()
     except ValueError as error:
-        print(f"genotypes.py: {error}", file=sys.stderr)
-        return 2
+        raise SystemExit(f"genotypes.py: {error}") from None
     except BrokenPipeError:                                 # `python genotypes.py | head`
-        sys.stdout = open(os.devnull, "w")
-    return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
