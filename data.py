@@ -1,11 +1,10 @@
-"""Data sets and augmentation. Small images live on the device as uint8 and are augmented there, a batch at a time.
+"""Data sets and augmentation. Small images live on the device as uint8 and are augmented there, in batches.
 
-The search (sections 2.2 and 5.1) takes one half of the training split for the weights and the other for alpha.
-Constants: DARTS (CIFAR-10) and RobustDARTS (CIFAR-100, SVHN). `digits` is in this repository; the others are read, and
-downloaded where that is possible, by torchvision. ImageNet streams from disk through worker processes.
+Constants: DARTS (CIFAR-10) and RobustDARTS (CIFAR-100, SVHN). `digits` is in this repository; torchvision
+reads the others, and downloads what is missing. ImageNet streams from disk through worker processes.
 """
 import functools
-import gzip
+import os
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -13,16 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-import run
-from run import Exit, make_seed, reason, save
+from run import differing, make_seed, progress, reason
 
 
 class Spec(NamedTuple):
-    """size: side of the images in pixels. mean, std: per channel, of pixels in [0, 1]. flip: part of the augmentation."""
+    """size: the images' side in pixels. mean, std: by channel, of pixels in [0, 1]. flip: in augmentation."""
     size: int
     mean: tuple
     std: tuple
@@ -30,135 +29,147 @@ class Spec(NamedTuple):
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)
 DATASETS = {
-    "cifar10": Spec(32, (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),  # DARTS
-    "cifar100": Spec(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),                         # RobustDARTS
-    "svhn": Spec(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),                             # RobustDARTS
-    "fashion_mnist": Spec(28, (0.2860,) * 3, (0.3530,) * 3),                                          # its train split
-    "digits": Spec(8, (0.3054,) * 3, (0.3753,) * 3, flip=False),                                      # its train split
+    "cifar10": Spec(32, CIFAR10_MEAN, CIFAR10_STD),                             # DARTS
+    "cifar100": Spec(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),   # RobustDARTS
+    "svhn": Spec(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),       # RobustDARTS
+    "fashion_mnist": Spec(28, (0.2860,) * 3, (0.3530,) * 3),                    # its training split
+    "digits": Spec(8, (0.3054,) * 3, (0.3753,) * 3, flip=False),                # its training split
     "folder": Spec(32, IMAGENET_MEAN, IMAGENET_STD),
     "imagenet": Spec(224, IMAGENET_MEAN, IMAGENET_STD),
 }
-DIGITS_TRAIN = 1437                                         # of 1,797; the rest is the test split
 FILES = {                                                   # what torchvision reads, under --data
     "cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz",
     "svhn": "train_32x32.mat and test_32x32.mat",
-    "fashion_mnist": "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",
+    "fashion_mnist": "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
 }
 
 
 class Split(NamedTuple):
-    """images: uint8 (N, H, W, 3); labels: int64 (N,); classes: their number; spec: the data set's constants.
-
-    layout: the memory format of the batches made from it.
-    """
+    """images: uint8 (N, H, W, 3). labels: int64 (N,). classes: names. spec: the data set's constants."""
     images: torch.Tensor
     labels: torch.Tensor
-    classes: int
+    classes: tuple
     spec: Spec
-    layout: torch.memory_format = torch.contiguous_format
 
     def part(self, start, stop):
         return self._replace(images=self.images[start:stop], labels=self.labels[start:stop])
 
-    def to(self, device, layout):
-        return self._replace(images=self.images.to(device), labels=self.labels.to(device), layout=layout)
+    def to(self, device):
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
 
 # ---------------------------------------------------------------- reading
 
 def load(name, root, train, image_size=None, limit=None):
-    """The train or test split of a data set that fits in memory. Raises Exit if it is missing or damaged.
+    """The train or test split of a data set that fits in memory; SystemExit if it is missing or damaged.
 
-    image_size: the side to which images are resized, by area. limit: take the first `limit` training images only.
+    image_size: the side to which images are resized, by area. limit: of training images, take the first only.
     """
-    spec = DATASETS[name]
+    spec, limit = DATASETS[name], limit if train else None
     size = image_size or spec.size
     if name == "folder":
-        images, labels, classes = load_folder(Path(root), train, size)
+        images, labels, classes = load_folder(Path(root), train, size, limit)
     elif name == "digits":
-        with np.load(Path(__file__).with_name("digits.npz")) as file:
-            images, labels, classes = file["images"] * 255.0 / 16, file["labels"], 10  # 8x8, values 0 to 16
-        part = slice(0, DIGITS_TRAIN) if train else slice(DIGITS_TRAIN, None)
-        images, labels = images.round().astype(np.uint8)[part], labels[part]
+        images, labels, classes = load_digits(train)
     else:
         images, labels, classes = load_torchvision(name, Path(root), train)
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
-    if train and limit is not None:
-        images, labels = images[:limit], labels[:limit]
+    images, labels = torch.as_tensor(images[:limit]), torch.as_tensor(labels[:limit]).long()
     if images.dim() == 3:                                   # grey: three equal channels
         images = images[..., None].expand(-1, -1, -1, 3)
-    if images.shape[1] != size:
-        images = resize(images.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
-    return Split(images.contiguous(), labels, classes, spec)
+    if images.shape[1] != size:                             # in parts: floats take four times the memory
+        resized = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
+        for before, after in zip(images.split(1000), resized.split(1000)):
+            after.copy_(resize(before, size))
+        images = resized
+    return Split(images.contiguous(), labels, tuple(map(str, classes)), spec)
 
 
 def resize(images, size):
-    """uint8 images (B, C, H, W) to size x size: each new pixel is the mean of the area it covers."""
-    return F.interpolate(images.float(), (size, size), mode="area").round().to(torch.uint8)
+    """uint8 images (B, H, W, 3) to size x size: each new pixel is the mean of the area it covers."""
+    images = F.interpolate(images.permute(0, 3, 1, 2).float(), (size, size), mode="area")
+    return images.round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def load_digits(train):
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        images, labels = file["images"] * 255.0 / 16, file["labels"]            # 8x8, values 0 to 16
+    part = slice(0, 1437) if train else slice(1437, None)                       # of 1,797
+    return images.round().astype(np.uint8)[part], labels[part], range(10)
 
 
 def load_torchvision(name, root, train):
-    """Images (N, H, W, 3) or (N, H, W), labels, number of classes. Downloads only what is missing or damaged."""
-    make = {"cifar10": lambda **options: datasets.CIFAR10(root, train, **options),
-            "cifar100": lambda **options: datasets.CIFAR100(root, train, **options),
-            "svhn": lambda **options: datasets.SVHN(root, "train" if train else "test", **options),
-            "fashion_mnist": lambda **options: datasets.FashionMNIST(root, train, **options)}[name]
+    """Images (N, H, W, 3) or (N, H, W), labels, classes. torchvision downloads what is missing or damaged."""
     try:
-        if name == "fashion_mnist":
-            unpack(root / "FashionMNIST" / "raw")
-        try:
-            data = make(download=False)
-        except ModuleNotFoundError:
-            raise
-        except Exception:                                   # missing, not yet unpacked, or damaged in any way
-            data = make(download=True)
+        if name == "svhn":
+            data = datasets.SVHN(root, "train" if train else "test", download=True)
+            return data.data.transpose(0, 2, 3, 1), data.labels, range(10)
+        names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
+        data = getattr(datasets, names[name])(root, train, download=True)
+        return data.data, data.targets, data.classes
     except ModuleNotFoundError as error:
-        raise Exit(f"torchvision reads {name} with {error.name}, which is not installed: "
-                   f"pip install {error.name}") from None
-    except Exception as error:
-        raise Exit(f"{name} cannot be read under {root} or downloaded ({type(error).__name__}: {reason(error)}): "
-                   f"put {FILES[name]} there, or see --data; --dataset digits needs no files") from None
-    if name == "svhn":
-        return data.data.transpose(0, 2, 3, 1), data.labels, 10
-    return data.data, data.targets, len(data.classes)
+        raise SystemExit(f"torchvision reads {name} with {error.name}, which is not installed: "
+                         f"pip install {error.name}") from None
+    except Exception as error:                              # missing, no network, damaged in any way
+        raise SystemExit(f"{name} cannot be read under {root} or downloaded ({reason(error)}): put "
+                         f"{FILES[name]} there, or see --data; --dataset digits needs no files") from None
 
 
-def unpack(folder):
-    """Unpacks the archives that are there: torchvision wants all four files, and of archives the bytes of one edition."""
-    for archive in folder.glob("*-ubyte.gz"):
-        if not archive.with_suffix("").exists():
-            save(archive.with_suffix(""), lambda file: file.write(gzip.decompress(archive.read_bytes())))
+# ---------------------------------------------------------------- folders of images
+
+class ImageFolder(datasets.ImageFolder):
+    """torchvision's, of root/train or root/val. It says what it found, and names what it cannot read."""
+
+    def __init__(self, root, train, transform):
+        folder = root / ("train" if train else "val")
+        try:
+            super().__init__(folder, transform, loader=read_image)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{folder}/CLASS/IMAGE is needed, and is not there ({reason(error)})") from None
+        if len(self.classes) < 2:
+            raise SystemExit(f"{folder}/CLASS/IMAGE is needed, with more classes than {self.classes[0]}")
+        if not train and (root / "train").is_dir():
+            classes, _ = self.find_classes(root / "train")
+            if classes != self.classes:
+                raise SystemExit(f"{root}/train and {root}/val: {differing(classes, self.classes)}")
+        others = sum(len(files) for _, _, files in os.walk(folder)) - len(self)
+        left_out = f", {others} other files left out" if others else ""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{folder}: {len(self.classes)} classes, {len(self)} images{left_out}", flush=True)
+
+    def find_classes(self, folder):
+        classes, _ = super().find_classes(folder)
+        classes = [name for name in classes if not name.startswith(".")]
+        return classes, {name: k for k, name in enumerate(classes)}
 
 
-def image_folder(root, train, transform):
-    """torchvision's ImageFolder of root/train or root/val; their classes must be the same where both are there."""
+def read_image(path):
+    """An RGB image. Raises RuntimeError, with its name, if it is none or does not fit in eight bits."""
     try:
-        data = datasets.ImageFolder(root / ("train" if train else "val"), transform)
-        other = root / ("val" if train else "train")
-        classes = sorted(entry.name for entry in other.iterdir() if entry.is_dir()) if other.exists() else data.classes
-    except OSError as error:
-        raise Exit(f"{root} is no image folder ({reason(error)}): it needs train/CLASS/IMAGE to train, and "
-                   f"val/CLASS/IMAGE to test") from None
-    if data.classes != classes:
-        raise Exit(f"{root}: train and val have different classes")
-    return data
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"pixels of mode {image.mode}, which do not fit in eight bits")
+            return image.convert("RGB")
+    except Exception as error:                              # PIL fails in many ways
+        raise RuntimeError(f"{path} cannot be read ({reason(error)})") from None
 
 
-def shuffled(count):
-    """A fixed order for images that come sorted by class, so that every part of them has all classes."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+def shuffled(count, limit):
+    """The first `limit` of a fixed order: files come sorted by class, and every part should have all."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
 
 
-def load_folder(root, train, size):
-    to_pixels = v2.Compose([v2.PILToTensor(), lambda image: resize(image[None], size)[0]])
-    data = image_folder(root, train, to_pixels)
-    try:
-        images = torch.stack([image for image, _ in data]).permute(0, 2, 3, 1)
-    except OSError as error:
-        raise Exit(f"{root}: an image cannot be read ({reason(error)})") from None
-    order = shuffled(len(data))
-    return images[order], torch.tensor(data.targets)[order], len(data.classes)
+def load_folder(root, train, size, limit):
+    data = ImageFolder(root, train, lambda image: resize(torch.as_tensor(np.array(image))[None], size)[0])
+    order = shuffled(len(data), limit)
+    images = torch.empty(len(order), size, size, 3, dtype=torch.uint8)
+    for k, index in enumerate(progress(order.tolist(), "reading images", len(order))):
+        try:
+            images[k] = data[index][0]
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from None
+    return images, torch.tensor(data.targets)[order], data.classes
 
 
 # ---------------------------------------------------------------- augmentation
@@ -166,17 +177,17 @@ def load_folder(root, train, size):
 def augment(images, uniform, spec, cutout=0):
     """Augmented, normalized copies of uint8 images (B, H, W, 3): float (B, 3, H, W) in channels_last order.
 
-    uniform: (B, 5) numbers in [0, 1), each image's own. In order: crop from the image padded by an eighth of its side (4
-    pixels for 32, as in DARTS), flip, normalize, cut out a square of `cutout` pixels a side around a random pixel.
+    uniform: (B, 5) numbers in [0, 1), each image's own. In order: crop from the image padded by an eighth of
+    its side (4 pixels for 32, as in DARTS), flip, normalize, cut out a square of `cutout` pixels.
     """
     B, H, W, _ = images.shape
     pad = (H + 4) // 8
     dy, dx = (uniform[:, :2] * (2 * pad + 1)).long().unbind(1)
-    rows = dy[:, None] + torch.arange(H, device=images.device)                                       # (B, H)
+    rows = dy[:, None] + torch.arange(H, device=images.device)                  # (B, H)
     across = torch.arange(W, device=images.device).expand(B, W)
     if spec.flip:
         across = torch.where(uniform[:, 2:3] < 0.5, across.flip(1), across)
-    columns = dx[:, None] + across                                                                   # (B, W)
+    columns = dx[:, None] + across                                              # (B, W)
     padded = F.pad(images, (0, 0) + (pad,) * 4)
     batch = torch.arange(B, device=images.device)[:, None, None]
     crop = normalize(padded[batch, rows[:, :, None], columns[:, None, :]], spec)
@@ -186,16 +197,16 @@ def augment(images, uniform, spec, cutout=0):
 
 
 def cutout_mask(uniform, H, W, side):
-    """Where to cut: bool (B, 1, H, W), true in a square around a random pixel, as much of it as lies in the image."""
-    y, x = (uniform[:, 0] * H).long()[:, None], (uniform[:, 1] * W).long()[:, None]                   # (B, 1)
+    """Where to cut: bool (B, 1, H, W), true in a square around a random pixel, where it lies in the image."""
+    y, x = (uniform[:, 0] * H).long()[:, None], (uniform[:, 1] * W).long()[:, None]         # (B, 1)
     rows, columns = torch.arange(H, device=uniform.device), torch.arange(W, device=uniform.device)
-    in_rows = (rows >= y - side // 2) & (rows < y - side // 2 + side)                                # (B, H)
-    in_columns = (columns >= x - side // 2) & (columns < x - side // 2 + side)                       # (B, W)
+    in_rows = (rows >= y - side // 2) & (rows < y - side // 2 + side)           # (B, H)
+    in_columns = (columns >= x - side // 2) & (columns < x - side // 2 + side)  # (B, W)
     return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
 
 @functools.cache
-def constants(spec, device):                                # made once: copying them to a GPU would wait for it
+def constants(spec, device):                                # made once: a copy to a GPU would wait for it
     return tuple(torch.tensor(value, dtype=torch.float32, device=device) for value in (spec.mean, spec.std))
 
 
@@ -206,104 +217,85 @@ def normalize(images, spec):
 
 # ---------------------------------------------------------------- batches
 
-def batch_indices(count, batch_size, seed, epoch, rank=0, world=1):
-    """This process's share of every batch of an epoch: a list of index tensors. The order depends on seed and epoch alone.
+def batch_indices(count, batch_size, train, generator, rank=0, world=1):
+    """This process's share of every batch of an epoch, as index tensors; for training in random order.
 
-    Every batch is divided evenly; the last is cut to a multiple of the processes, and left out if a process would get
-    a single image of it, which batch norm cannot do.
+    A batch for training is divided evenly: the last is cut to a multiple of the processes, and left out if a
+    process would get a single image of it, which batch norm cannot do.
     """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(make_seed(seed, "order", epoch)))
-    batches = [batch[:len(batch) // world * world] for batch in order.split(batch_size)]
-    return [batch.chunk(world)[rank] for batch in batches if len(batch) >= 2 * world]
+    if not train:
+        return torch.arange(count)[rank::world].split(max(1, batch_size // world))
+    batches = torch.randperm(count, generator=generator).split(batch_size)
+    batches = [batch[:len(batch) // world * world] for batch in batches if len(batch) >= 2 * world]
+    if not batches:
+        raise SystemExit(f"{count} images are too few for a batch: each of {world} process(es) needs two")
+    return [batch[rank::world] for batch in batches]
 
 
 class Batches:
-    """Batches of a split on the device: `for images, labels in batches.epoch(e)`, a function of seed, epoch and step.
+    """Batches of a split on its device: `for images, labels in batches.epoch(e)`, a function of seed and e.
 
-    Process `rank` of `world` gets its share of every batch, augmented as it would be in one process.
+    train: in random order and augmented, which does not depend on the batch size or the number of processes.
+    Otherwise every image once, as it is. Process `rank` of `world` gets its share of every batch.
     """
 
-    def __init__(self, split, batch_size, seed, cutout=0, rank=0, world=1):
-        self.split, self.batch_size, self.seed, self.cutout = split, batch_size, seed, cutout
-        self.rank, self.world = rank, world
-        self.steps = len(self.indices(0))
-        if self.steps == 0:
-            raise Exit(f"{len(split.labels)} images are too few for a batch in each of {world} process(es)")
+    def __init__(self, split, batch_size, seed=None, cutout=0, train=True, rank=0, world=1):
+        self.split, self.seed, self.cutout, self.train = split, seed, cutout, train
+        self.classes, self.size, self.count = split.classes, split.images.shape[1], len(split.labels)
+        self.indices = functools.partial(batch_indices, self.count, batch_size, train, rank=rank, world=world)
+        self.steps = len(self.indices(torch.Generator()))
 
-    def indices(self, epoch):
-        return batch_indices(len(self.split.labels), self.batch_size, self.seed, epoch, self.rank, self.world)
+    def epoch(self, epoch, skip=0):
+        """The batches of an epoch; without the first `skip`."""
+        images, labels, _, spec = self.split
+        generator = torch.Generator().manual_seed(make_seed(self.seed, "epoch", epoch))
+        indices = self.indices(generator)
+        uniform = torch.rand(self.count, 5, generator=generator).to(labels.device)  # five for every image
+        for batch in indices[skip:]:
+            batch = batch.to(labels.device)
+            if self.train:
+                yield augment(images[batch], uniform[batch], spec, self.cutout), labels[batch]
+            else:
+                yield normalize(images[batch], spec), labels[batch]
 
-    def epoch(self, epoch):
-        return self.range(epoch * self.steps, (epoch + 1) * self.steps)
-
-    def range(self, start, stop):
-        """Batches number `start` to `stop` of the endless sequence of epochs."""
-        device, cached = self.split.labels.device, None
-        for number in range(start, stop):
-            epoch, step = divmod(number, self.steps)
-            if epoch != cached:
-                indices, cached = [batch.to(device) for batch in self.indices(epoch)], epoch
-            share = len(indices[step])
-            generator = torch.Generator(device).manual_seed(make_seed(self.seed, "augmentation", epoch, step))
-            uniform = torch.rand(share * self.world, 5, generator=generator, device=device)
-            uniform = uniform[self.rank * share:(self.rank + 1) * share]
-            images = augment(self.split.images[indices[step]], uniform, self.split.spec, self.cutout)
-            yield images.contiguous(memory_format=self.split.layout), self.split.labels[indices[step]]
-
-
-def test_batches(split, batch_size, rank=0, world=1):
-    """Every image of the split once over all processes, normalized, not augmented."""
-    for indices in torch.arange(len(split.labels), device=split.labels.device)[rank::world].split(batch_size):
-        images = normalize(split.images[indices], split.spec)
-        yield images.contiguous(memory_format=split.layout), split.labels[indices]
+    def stream(self, start):
+        """Batches from number `start` on, epoch after epoch without end."""
+        epoch, skip = divmod(start, self.steps)
+        while True:
+            yield from self.epoch(epoch, skip)
+            epoch, skip = epoch + 1, 0
 
 
 # ---------------------------------------------------------------- ImageNet
 
-def ignore_signals(worker):
-    """For the processes that read images: only the one that trains decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class ImageNet:
-    """ImageNet, or any folder like it, from disk: the transforms of DARTS's train_imagenet.py, 224x224 by default."""
+    """ImageNet, or a folder like it, from disk: the transforms in DARTS's train_imagenet.py."""
 
-    def __init__(self, args, train, seed, device, layout, rank=0, world=1):
-        spec, size = DATASETS["imagenet"], args.image_size or DATASETS["imagenet"].size
-        crop = ([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if train else
-                [v2.Resize(size * 8 // 7), v2.CenterCrop(size)])                                     # 256 for 224
-        self.data = image_folder(Path(args.data), train, v2.Compose([
-            *crop, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(spec.mean, spec.std)]))
-        self.classes, self.size, count = len(self.data.classes), size, len(self.data)
-        if train and args.limit is not None:
-            self.data = torch.utils.data.Subset(self.data, shuffled(count)[:args.limit].tolist())
-        self.train, self.batch_size, self.seed, self.workers = train, args.batch_size, seed, args.workers
-        self.device, self.layout, self.rank, self.world = device, layout, rank, world
-        self.steps = len(self.indices(0))
-        if self.steps == 0:
-            raise Exit(f"--batch_size {args.batch_size} or {args.data} are too few for a batch in each of {world} process(es)")
-
-    def indices(self, epoch):
-        if self.train:
-            return batch_indices(len(self.data), self.batch_size, self.seed, epoch, self.rank, self.world)
-        share = torch.arange(len(self.data))[self.rank::self.world]
-        return share.split(max(1, self.batch_size // self.world))
+    def __init__(self, args, train, seed, device, rank=0, world=1):
+        spec, self.size = DATASETS["imagenet"], args.image_size or DATASETS["imagenet"].size
+        jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.2)
+        crop = ([v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(), jitter] if train else
+                [v2.Resize(self.size * 8 // 7), v2.CenterCrop(self.size)])          # 256 and 224
+        to_floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, True), v2.Normalize(spec.mean, spec.std)]
+        data = ImageFolder(Path(args.data), train, v2.Compose([*crop, *to_floats]))
+        kept = shuffled(len(data), args.limit if train else None).tolist()
+        self.data, self.classes = Subset(data, kept), tuple(data.classes)
+        self.seed, self.workers, self.device, self.rank = seed, args.workers, device, rank
+        share = {"rank": rank, "world": world}
+        self.indices = functools.partial(batch_indices, len(kept), args.batch_size, train, **share)
+        self.steps = len(self.indices(torch.Generator()))
 
     def epoch(self, epoch):
-        """The batches of an epoch. If one for training cannot be read, that is a reason to stop, and the one before comes
-        again until all processes stop: the others would wait forever for the gradients of one that left alone."""
-        generator = torch.Generator().manual_seed(make_seed(self.seed, "workers", epoch, self.rank))
-        loader = iter(DataLoader(self.data, batch_sampler=[batch.tolist() for batch in self.indices(epoch)],
-                                 num_workers=self.workers, worker_init_fn=ignore_signals, generator=generator,
-                                 pin_memory=self.device.type == "cuda"))
-        images, labels = torch.zeros(2, 3, self.size, self.size), torch.zeros(2, dtype=torch.long)
-        for _ in range(self.steps):
-            try:
-                images, labels = next(loader)
-            except (OSError, RuntimeError) as error:        # the latter if a worker was killed; both may start with a traceback
-                run.stop = Exit(f"an image cannot be read ({str(error).strip().splitlines()[-1]})")
-                if not self.train:
-                    raise run.stop from None
-            yield (images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout),
-                   labels.to(self.device, non_blocking=True))
+        order = torch.Generator().manual_seed(make_seed(self.seed, "epoch", epoch))
+        workers = torch.Generator().manual_seed(make_seed(self.seed, "workers", epoch, self.rank))
+        loader = DataLoader(self.data, batch_sampler=[batch.tolist() for batch in self.indices(order)],
+                            num_workers=self.workers, generator=workers,
+                            pin_memory=self.device.type == "cuda")
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # the workers keep it blocked: Ctrl-C is
+        loader = iter(loader)                                           # for this process, which then ends them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            for images, labels in loader:
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        except RuntimeError as error:                       # of read_image, or a worker process was killed
+            raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")) from None

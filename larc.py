@@ -6,7 +6,7 @@ For each tensor w with gradient g, global rate lr, weight decay b and trust coef
 
     ratio     a = t * |w| / (|g| + b * |w| + 1e-8)      2-norms over the whole tensor
     gradient  d = g + b * w                             the decay is scaled together with the gradient
-    scale     f = a              (the default)          local rate lr * a: the paper's lr * |w| / |g| for t = 1, b = 0
+    scale     f = a              (the default)          local rate lr a: as in the paper if t = 1, b = 0
               f = min(a / lr, 1) (clip=True)            local rate min(a, lr): LARC as NVIDIA's apex has it
               f = 1              if |w| or |g| is 0     no ratio exists; the decay still applies
     step      m <- momentum * m + f * d,  w <- w - lr * m
@@ -19,8 +19,8 @@ For each tensor w with gradient g, global rate lr, weight decay b and trust coef
 | apex 2ec84eb, LARC(clip=False)            | lr t |w| / (|g| + b |w| + eps)  | in d and ratio   | 0.02  |
 | apex 2ec84eb, LARC(), the authors' release| min(lr, t |w| / (|g| + b |w| + eps)) | in d and ratio | 0.02 |
 
-Unlike apex's wrapper this is an Optimizer itself, so schedulers, state_dict and zero_grad see what they expect;
-and where apex leaves tensors of zero norm without weight decay, they have it here.
+Unlike apex's wrapper this is an Optimizer itself: schedulers, state_dict and zero_grad see what they expect.
+Where apex leaves tensors of zero norm without weight decay, they have it here.
 """
 import torch
 

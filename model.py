@@ -1,116 +1,15 @@
-"""The networks, bottom-up: operations, mixed operation, cells, super-network, derived network.
+"""The networks: the paper's mixed operation, cell and super-network; the derived network; DARTS's operations.
 
-Mirrors the paper's sections 2.2 (Eq. 1), 4.1 (Eq. 3) and 4.3 (Eq. 6). Whatever the paper leaves to DARTS follows
-quark0/darts, cnn/{operations,model_search,model}.py at commit f276dd3.
-Needs torch alone. To see parameters and multiply-adds without any data: `python genotypes.py`.
+Sections 2.2 (Eq. 1), 4.1 (Eq. 3) and 4.3 (Eq. 6). Whatever the paper leaves to DARTS follows quark0/darts,
+cnn/{operations,model_search,model}.py at commit f276dd3. Needs torch alone.
 """
-import functools
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# ---------------------------------------------------------------- operations
-
-class ReLUFirst(nn.Module):
-    """ReLU, then `body`. A mixed operation computes the ReLU of its edge once and hands it to every such body."""
-
-    def __init__(self, *layers):
-        super().__init__()
-        self.body = nn.Sequential(*layers)
-
-    def forward(self, x):                                   # (B, C_in, H, W) -> (B, C, H/stride, W/stride)
-        return self.body(F.relu(x))
-
-
-class Subsample(nn.Module):
-    """Every `stride`-th pixel. A 1x1 convolution follows it instead of having the stride itself: the same numbers, and
-    the CPU's backward pass of strided 1x1 convolutions overruns its memory (torch 2.14, channels_last, 56x56)."""
-
-    def __init__(self, stride):
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, x):
-        return x[:, :, ::self.stride, ::self.stride]
-
-
-class ShiftedConvs(nn.Module):
-    """Two 1x1 convolutions of stride 2, the second on the input shifted by one pixel: no row or column is lost."""
-
-    def __init__(self, C_in, C):
-        super().__init__()
-        self.subsample = Subsample(2)
-        self.conv1 = nn.Conv2d(C_in, C // 2, 1, bias=False)
-        self.conv2 = nn.Conv2d(C_in, C - C // 2, 1, bias=False)
-
-    def forward(self, x):
-        shifted = F.pad(x, (-1, 1, -1, 1))                  # same size, so odd sizes fit too
-        return torch.cat([self.conv1(self.subsample(x)), self.conv2(self.subsample(shifted))], dim=1)
-
-
-class Noise(Subsample):
-    """S4's operation: N(0, 1), fresh at every call, also in eval mode; only the shape comes from x."""
-
-    def forward(self, x):
-        return torch.randn_like(super().forward(x))
-
-
-def FactorizedReduce(C_in, C, affine):
-    return ReLUFirst(ShiftedConvs(C_in, C), nn.BatchNorm2d(C, affine=affine))
-
-
-def conv_bn(C_in, C, kernel, stride, affine):
-    return ReLUFirst(nn.Conv2d(C_in, C, kernel, stride, padding=kernel // 2, bias=False),
-                     nn.BatchNorm2d(C, affine=affine))
-
-
-def separable(C, kernel, stride, affine, dilation=1):
-    """Depthwise convolution, pointwise convolution, batch norm: three layers."""
-    return (nn.Conv2d(C, C, kernel, stride, padding=dilation * (kernel // 2), dilation=dilation, groups=C, bias=False),
-            nn.Conv2d(C, C, 1, bias=False),
-            nn.BatchNorm2d(C, affine=affine))
-
-
-def sep_conv(C, kernel, stride, affine):                    # applied twice; the second time with stride 1
-    return ReLUFirst(*separable(C, kernel, stride, affine), nn.ReLU(inplace=True), *separable(C, kernel, 1, affine))
-
-
-def dil_conv(C, kernel, stride, affine):
-    return ReLUFirst(*separable(C, kernel, stride, affine, dilation=2))
-
-
-def conv_7x1_1x7(C, stride, affine):
-    return ReLUFirst(nn.Conv2d(C, C, (1, 7), (1, stride), padding=(0, 3), bias=False),
-                     nn.Conv2d(C, C, (7, 1), (stride, 1), padding=(3, 0), bias=False),
-                     nn.BatchNorm2d(C, affine=affine))
-
-
-def max_pool_2x2(stride):                                   # padded below and at the right: keeps the size at stride 1
-    return nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), float("-inf")), nn.MaxPool2d(2, stride))
-
-
-# name: make(C, stride, affine), C channels in and out. `none` is not here: it adds nothing, so it is never computed.
-OPS = {
-    "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride, padding=1),
-    "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
-    "skip_connect": lambda C, stride, affine: nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine),
-    "sep_conv_3x3": lambda C, stride, affine: sep_conv(C, 3, stride, affine),
-    "sep_conv_5x5": lambda C, stride, affine: sep_conv(C, 5, stride, affine),
-    "dil_conv_3x3": lambda C, stride, affine: dil_conv(C, 3, stride, affine),
-    "dil_conv_5x5": lambda C, stride, affine: dil_conv(C, 5, stride, affine),
-    "noise": lambda C, stride, affine: Noise(stride),                              # RobustDARTS, space S4
-    "sep_conv_7x7": lambda C, stride, affine: sep_conv(C, 7, stride, affine),      # from here on: published cells only
-    "conv_7x1_1x7": conv_7x1_1x7,
-    "nor_conv_1x1": lambda C, stride, affine: nn.Sequential(Subsample(stride), conv_bn(C, C, 1, 1, affine)),
-    "nor_conv_3x3": lambda C, stride, affine: conv_bn(C, C, 3, stride, affine),
-    "max_pool_2x2": lambda C, stride, affine: max_pool_2x2(stride),
-}
-
-
-# ---------------------------------------------------------------- mixed operation (sections 2.2 and 4.3)
+# ---------------------------------------------------------------- the mixed operation (sections 2.2 and 4.3)
 
 def mixing_weights(alpha, sqrt_beta=False):
     """beta = softmax(alpha) (Eq. 1) or, with `sqrt_beta`, its square root (Eq. 6), over the last dimension.
@@ -122,72 +21,55 @@ def mixing_weights(alpha, sqrt_beta=False):
     return F.softmax(alpha, dim=-1)                           # Eq. 1
 
 
-def candidate(name, C, stride):
-    """An operation of the super-network: batch norm without affine, and one after each pool (a DARTS detail)."""
-    op = OPS[name](C, stride, affine=False)
-    return nn.Sequential(op, nn.BatchNorm2d(C, affine=False)) if "pool" in name else op
-
-
 class MixedOp(nn.Module):
-    """The mixed operation of an edge, Eq. 1: the sum over o of beta_o * o(x).
+    """The mixed operation on an edge, Eq. 1: the sum over o of beta_o * o(x).
 
-    `MixedOp(C, stride, primitives)(x, mixing_weights(alpha))` with x (B, C, H, W) and alpha (operations,), in the order
-    of `primitives`. Returns (B, C, H/stride, W/stride). Raises ValueError if there is not one beta for each operation.
+    x: (B, C, H, W). beta: (operations,), in the order of `primitives`; another number is a ValueError.
+    Returns (B, C, H/stride, W/stride). As in DARTS, no batch norm has an affine part, and one follows a pool.
     """
 
     def __init__(self, C, stride, primitives):
         super().__init__()
-        self.primitives, self.stride = primitives, stride
-        self.ops = nn.ModuleDict({name: candidate(name, C, stride) for name in primitives if name != "none"})
+        self.primitives, self.stride, self.ops = primitives, stride, nn.ModuleDict()
+        for name in primitives:
+            if name != "none":                              # zeros: it has its beta, but adds nothing
+                op = OPS[name](C, stride, affine=False)
+                self.ops[name] = nn.Sequential(op, nn.BatchNorm2d(C, affine=False)) if "pool" in name else op
 
     def forward(self, x, beta):
         x_relu = F.relu(x)                                  # most operations begin with it: once per edge
-        mixed = None
+        mixed = torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
         for name, beta_o in zip(self.primitives, beta, strict=True):
-            if name == "none":                              # zeros: it has its beta, but adds nothing
-                continue
-            op = self.ops[name]
-            output = beta_o * (op.body(x_relu) if isinstance(op, ReLUFirst) else op(x))
-            mixed = output if mixed is None else mixed.add_(output)  # Eq. 1
-        if mixed is None:                                   # `none` alone
-            return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
+            if name != "none":
+                op = self.ops[name]
+                mixed += beta_o * (op.body(x_relu) if isinstance(op, ReLUFirst) else op(x))  # Eq. 1
         return mixed
 
 
-# ---------------------------------------------------------------- super-network (sections 2.2 and 4.1)
-
-def preprocess(C_in, C, halve, affine):
-    """Brings a cell's input to C channels, and to half the size where the cell before was a reduction."""
-    return FactorizedReduce(C_in, C, affine) if halve else conv_bn(C_in, C, 1, 1, affine)
-
-
-def reductions(layers):
-    """The cells that halve the size and double the channels: those at one and two thirds of the depth."""
-    return layers // 3, 2 * layers // 3
-
+# ---------------------------------------------------------------- the super-network (sections 2.2 and 4.1)
 
 class SearchCell(nn.Module):
-    """A cell of the super-network. Nodes 0 and 1 are its inputs; node j sums the mixed operations from all nodes before.
+    """A cell of the super-network. Nodes 0 and 1 are its inputs; every later node sums the edges into it.
 
-    edges: {(i, j): primitives} for every i < j, as in `genotypes.SPACES`. Returns the intermediate nodes, concatenated.
+    edges: {(i, j): primitives} for every i < j, as in `genotypes.SPACES`. Returns the later nodes together.
     """
 
     def __init__(self, edges, C_prev_prev, C_prev, C, reduction, reduction_prev, node_norm):
         super().__init__()
         self.preprocess0 = preprocess(C_prev_prev, C, reduction_prev, affine=False)
         self.preprocess1 = preprocess(C_prev, C, False, affine=False)
-        self.edges = nn.ModuleDict()
+        self.edges, self.normalize = nn.ModuleDict(), nn.ModuleList()
         for (i, j), primitives in edges.items():
-            self.edges[f"{i}->{j}"] = MixedOp(C, 2 if reduction and i < 2 else 1, primitives)
-        nodes = {j for _, j in edges}
-        self.normalize = nn.ModuleList(nn.BatchNorm2d(C, affine=False) if node_norm else nn.Identity() for _ in nodes)
+            self.edges[f"{i}-{j}"] = MixedOp(C, 2 if reduction and i < 2 else 1, primitives)
+        for _ in {j for _, j in edges}:
+            self.normalize.append(nn.BatchNorm2d(C, affine=False) if node_norm else nn.Identity())
 
     def forward(self, s0, s1, beta):
-        """s0, s1: outputs of the two cells before; beta: (edges, operations), edges in the order they were given in."""
+        """s0, s1: outputs of the two cells before; beta: (edges, operations), in the order of the edges."""
         beta = dict(zip(self.edges, beta, strict=True))
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for j, normalize in enumerate(self.normalize, start=2):
-            x_j = functools.reduce(torch.add, (self.edges[f"{i}->{j}"](states[i], beta[f"{i}->{j}"]) for i in range(j)))
+            x_j = sum(self.edges[f"{i}-{j}"](states[i], beta[f"{i}-{j}"]) for i in range(j))
             states.append(normalize(x_j))                   # Eq. 3: (x_j - mu) / sigma, per channel
         return torch.cat(states[2:], dim=1)
 
@@ -195,15 +77,17 @@ class SearchCell(nn.Module):
 class SuperNet(nn.Module):
     """The super-network, (B, 3, H, W) -> logits (B, num_classes); H and W from 8 upwards, odd ones too.
 
-    space: {"normal": edges, "reduce": edges}, edges as for SearchCell; within a cell type all edges have equally many
-    operations. node_norm: Eq. 3. sqrt_beta: Eq. 6. `weights` are all parameters but the `alphas`.
+    space: {"normal": edges, "reduce": edges}, as for SearchCell; all edges of a cell have as many operations.
+    node_norm: Eq. 3. sqrt_beta: Eq. 6. `weights` are all parameters but the `alphas`.
     """
+    amp = False                                             # True: the loss is in bfloat16 (run.place)
 
-    def __init__(self, space, C=16, layers=8, num_classes=10, node_norm=False, sqrt_beta=False, stem_multiplier=3):
+    def __init__(self, space, C=16, layers=8, num_classes=10, node_norm=False, sqrt_beta=False,
+                 stem_multiplier=3):
         super().__init__()
         self.space, self.sqrt_beta = space, sqrt_beta
         C_prev_prev = C_prev = stem_multiplier * C
-        self.stem = nn.Sequential(nn.Conv2d(3, C_prev, 3, padding=1, bias=False), nn.BatchNorm2d(C_prev))
+        self.stem = cifar_stem(C_prev)
         self.cells, self.cell_types, reduction_prev = nn.ModuleList(), [], False
         for layer in range(layers):
             reduction = layer in reductions(layers)
@@ -214,61 +98,65 @@ class SuperNet(nn.Module):
             self.cells.append(cell)
             self.cell_types.append(cell_type)
         self.classifier = nn.Linear(C_prev, num_classes)
-        self.weights = list(self.parameters())              # w of Eq. 2, listed once: a walk over thousands of modules
+        self.weights = list(self.parameters())              # w of Eq. 2, listed before there are alphas
 
-        normal, reduce = space["normal"], space["reduce"]   # (edges, operations), (14, 8) in DARTS's space; 1e-3: DARTS
-        self.alpha_normal = nn.Parameter(1e-3 * torch.randn(len(normal), len(normal[0, 2])))
-        self.alpha_reduce = nn.Parameter(1e-3 * torch.randn(len(reduce), len(reduce[0, 2])))
-        self.alphas = [self.alpha_normal, self.alpha_reduce]
+        self.alphas = nn.ParameterDict()                    # (edges, operations), (14, 8) in DARTS's space
+        for cell_type, edges in space.items():
+            self.alphas[cell_type] = 1e-3 * torch.randn(len(edges), len(edges[0, 2]))           # as DARTS
 
     @torch.no_grad()
     def betas(self):
-        """{"normal" or "reduce": softmax(alpha), (edges, operations)}: what the derivation reads, root or no root."""
-        return {"normal": mixing_weights(self.alpha_normal), "reduce": mixing_weights(self.alpha_reduce)}
+        """{"normal" or "reduce": softmax(alpha), (edges, operations)}: what the derivation reads."""
+        return {cell_type: mixing_weights(alpha) for cell_type, alpha in self.alphas.items()}
 
     def forward(self, x):
-        beta = {"normal": mixing_weights(self.alpha_normal, self.sqrt_beta),
-                "reduce": mixing_weights(self.alpha_reduce, self.sqrt_beta)}
+        beta = {cell_type: mixing_weights(alpha, self.sqrt_beta) for cell_type, alpha in self.alphas.items()}
         s0 = s1 = self.stem(x)
         for cell_type, cell in zip(self.cell_types, self.cells):
             s0, s1 = s1, cell(s0, s1, beta[cell_type])
         return self.classifier(s1.mean((2, 3)))
 
 
-# ---------------------------------------------------------------- derived network (section 5.1)
+def reductions(layers):
+    """The cells that halve the size and double the channels: those at one and two thirds of the depth."""
+    return layers // 3, 2 * layers // 3
 
-def drop_path(x, probability):
-    """Zeroes whole samples of x (B, C, H, W) with `probability` and scales the others to the same mean."""
-    keep = 1 - probability
-    return x * torch.empty_like(x[:, :1, :1, :1]).bernoulli_(keep) / keep
 
+# ---------------------------------------------------------------- the derived network (section 5.1)
 
 class Cell(nn.Module):
-    """A cell of the derived network. nodes: for each node its inputs as (operation, source); concat: its outputs."""
+    """A cell of the derived network. nodes: for each its inputs, (operation, source). concat: its outputs."""
 
     def __init__(self, nodes, concat, C_prev_prev, C_prev, C, reduction, reduction_prev):
         super().__init__()
         self.preprocess0 = preprocess(C_prev_prev, C, reduction_prev, affine=True)
         self.preprocess1 = preprocess(C_prev, C, False, affine=True)
-        self.nodes, self.concat = nodes, concat
-        self.ops = nn.ModuleList(nn.ModuleList(OPS[name](C, 2 if reduction and i < 2 else 1, affine=True)
-                                               for name, i in node) for node in nodes)
+        self.nodes, self.concat, self.ops = nodes, concat, nn.ModuleList()
+        for node in nodes:
+            ops = [OPS[name](C, 2 if reduction and i < 2 else 1, affine=True) for name, i in node]
+            self.ops.append(nn.ModuleList(ops))
 
     def forward(self, s0, s1, drop_path_prob):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node, ops in zip(self.nodes, self.ops):
-            inputs = []
+            x_j = 0
             for (_, i), op in zip(node, ops):
                 x = op(states[i])
                 if self.training and drop_path_prob > 0 and not isinstance(op, nn.Identity):
                     x = drop_path(x, drop_path_prob)
-                inputs.append(x)
-            states.append(functools.reduce(torch.add, inputs))
+                x_j = x_j + x
+            states.append(x_j)
         return torch.cat([states[i] for i in self.concat], dim=1)
 
 
+def drop_path(x, probability):
+    """Zeroes whole samples of x (B, C, H, W) with `probability`, and scales the others to the same mean."""
+    keep = 1 - probability
+    return x * torch.empty_like(x[:, :1, :1, :1]).bernoulli_(keep) / keep
+
+
 class AuxiliaryHead(nn.Module):
-    """A second classifier in mid-network, used in training only: ReLU, average pool to 2x2, two convolutions, linear.
+    """A second classifier in mid-network, for training only.
 
     CIFAR form: 8x8 feature maps (32x32 images). ImageNet form: 7x7 (224x224 images), and no last batch norm.
     """
@@ -285,38 +173,31 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, x):
         if x.shape[2:] != (self.size, self.size):
-            raise ValueError(f"the auxiliary head fits {self.size}x{self.size} feature maps ({self.image}x{self.image} "
-                             f"images), not {x.shape[2]}x{x.shape[3]}: train without it")
+            raise ValueError(f"the auxiliary head fits {self.size}x{self.size} feature maps ({self.image}x"
+                             f"{self.image} images), not {x.shape[2]}x{x.shape[3]}: train without it")
         return self.classifier(self.features(x).flatten(1))
 
 
 class Network(nn.Module):
-    """The network of a genotype, (B, 3, H, W) -> (logits, auxiliary logits or None); the latter in training only.
+    """The network of a genotype, (B, 3, H, W) -> (logits, auxiliary logits in training or None).
 
     CIFAR form: one 3x3 convolution as stem. ImageNet form (`imagenet`): two stems that divide the size by 8.
-    Set `drop_path_prob` before each epoch. Source: NetworkCIFAR and NetworkImageNet of cnn/model.py.
+    Set `drop_path_prob` before each epoch. Source: NetworkCIFAR and NetworkImageNet in cnn/model.py.
     """
+    amp = False
 
     def __init__(self, genotype, C=36, layers=20, num_classes=10, auxiliary=False, imagenet=False):
         super().__init__()
         self.drop_path_prob = 0.0
-        if imagenet:
-            self.stem0 = nn.Sequential(
-                nn.Conv2d(3, C // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(C // 2), nn.ReLU(inplace=True),
-                nn.Conv2d(C // 2, C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(C))
-            self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(C, C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(C))
-            C_prev_prev = C_prev = C
-        else:
-            C_prev_prev = C_prev = 3 * C
-            self.stem0 = nn.Sequential(nn.Conv2d(3, C_prev, 3, padding=1, bias=False), nn.BatchNorm2d(C_prev))
-            self.stem1 = nn.Identity()
+        C_prev_prev = C_prev = C if imagenet else 3 * C
+        self.stem0, self.stem1 = imagenet_stem(C) if imagenet else (cifar_stem(C_prev), nn.Identity())
         self.cells, reduction_prev = nn.ModuleList(), imagenet
         self.auxiliary_layer, self.auxiliary_head = 2 * layers // 3, None
         for layer in range(layers):
             reduction = layer in reductions(layers)
             C = 2 * C if reduction else C
-            nodes, concat = ((genotype.reduce, genotype.reduce_concat) if reduction else
-                             (genotype.normal, genotype.normal_concat))
+            nodes = genotype.reduce if reduction else genotype.normal
+            concat = genotype.reduce_concat if reduction else genotype.normal_concat
             self.cells.append(Cell(nodes, concat, C_prev_prev, C_prev, C, reduction, reduction_prev))
             C_prev_prev, C_prev, reduction_prev = C_prev, C * len(concat), reduction
             if auxiliary and layer == self.auxiliary_layer:
@@ -333,13 +214,25 @@ class Network(nn.Module):
         return self.classifier(s1.mean((2, 3))), logits_aux
 
 
+def cifar_stem(C):
+    return nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
+
+
+def imagenet_stem(C):
+    """Two parts, 3 -> C/2 -> C and C -> C channels; the output of each is an input of the first cell."""
+    def halve(C_in, C):
+        return nn.Conv2d(C_in, C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(C)
+    return (nn.Sequential(*halve(3, C // 2), nn.ReLU(inplace=True), *halve(C // 2, C)),
+            nn.Sequential(nn.ReLU(), *halve(C, C)))
+
+
 def count_parameters(net):
-    """Number of parameters without the auxiliary head, as DARTS counts them."""
+    """Parameters without the auxiliary head, as DARTS counts them."""
     return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("auxiliary_head"))
 
 
 def count_macs(net, size):
-    """Multiply-adds of the convolutions and the classifier for one size x size image, auxiliary head excluded.
+    """Multiply-adds of convolutions and classifier for one size x size image, without the auxiliary head.
 
     Counted on shapes alone if `net` was made under `torch.device("meta")`.
     """
@@ -348,3 +241,121 @@ def count_macs(net, size):
         net.eval()(image)
     net.train(training)
     return counter.get_total_flops() // 2                   # one multiply-add is two FLOPs
+
+
+# ---------------------------------------------------------------- operations, as in DARTS
+
+class ReLUFirst(nn.Module):
+    """ReLU, then `body`. A mixed operation computes the ReLU once and hands it to every such body."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x):                                   # (B, C_in, H, W) -> (B, C, H/stride, W/stride)
+        return self.body(F.relu(x))
+
+
+class Subsample(nn.Module):
+    """Every `stride`-th pixel, before a 1x1 convolution. That could have the stride itself, but its backward
+    pass on the CPU would then overrun its memory (torch 2.14, channels_last, 56x56)."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x):
+        return x[:, :, ::self.stride, ::self.stride]
+
+
+class Noise(Subsample):
+    """S4's operation: N(0, 1), fresh at every call, also in eval mode; only the shape comes from x."""
+
+    def forward(self, x):
+        return torch.randn_like(super().forward(x))
+
+
+class ShiftedConvs(nn.Module):
+    """Two 1x1 convolutions of stride 2, the second on the input shifted by one pixel: no row is lost."""
+
+    def __init__(self, C_in, C):
+        super().__init__()
+        self.subsample = Subsample(2)
+        self.conv1 = nn.Conv2d(C_in, C // 2, 1, bias=False)
+        self.conv2 = nn.Conv2d(C_in, C - C // 2, 1, bias=False)
+
+    def forward(self, x):
+        shifted = F.pad(x, (-1, 1, -1, 1))                  # same size, so odd sizes fit too
+        return torch.cat([self.conv1(self.subsample(x)), self.conv2(self.subsample(shifted))], dim=1)
+
+
+class DilatedConv(nn.Conv2d):
+    """A depthwise convolution of dilation 2. On the CPU, dilated kernels are up to ten times slower.
+
+    Dilation 2 only ever joins every second pixel. So at stride 2 it is the undilated convolution of every
+    second pixel, and at stride 1 that of four interleaved images, which are stacked along the batch.
+    """
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        if x.is_cuda or (self.stride[0] == 1 and (H % 2 or W % 2)):
+            return super().forward(x)                       # the same numbers
+        padding = self.kernel_size[0] // 2
+        if self.stride[0] == 2:
+            return F.conv2d(x[:, :, ::2, ::2], self.weight, padding=padding, groups=C)
+        x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C)       # a pixel's channels stay together
+        x = x.permute(2, 4, 0, 1, 3, 5).reshape(4 * B, H // 2, W // 2, C)
+        x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, padding=padding, groups=C)
+        x = x.permute(0, 2, 3, 1).reshape(2, 2, B, H // 2, W // 2, C)
+        return x.permute(2, 3, 0, 4, 1, 5).reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+def FactorizedReduce(C_in, C, affine):
+    return ReLUFirst(ShiftedConvs(C_in, C), nn.BatchNorm2d(C, affine=affine))
+
+
+def conv_bn(C_in, C, kernel, stride, affine):
+    return ReLUFirst(nn.Conv2d(C_in, C, kernel, stride, padding=kernel // 2, bias=False),
+                     nn.BatchNorm2d(C, affine=affine))
+
+
+def preprocess(C_in, C, halve, affine):
+    """Brings a cell's input to C channels, and to half the size where the cell before was a reduction."""
+    return FactorizedReduce(C_in, C, affine) if halve else conv_bn(C_in, C, 1, 1, affine)
+
+
+def separable(C, kernel, stride, affine):
+    """Depthwise convolution, pointwise convolution, batch norm: three layers."""
+    return (nn.Conv2d(C, C, kernel, stride, padding=kernel // 2, groups=C, bias=False),
+            nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine))
+
+
+def sep_conv(C, kernel, stride, affine):                    # applied twice; the second time with stride 1
+    return ReLUFirst(*separable(C, kernel, stride, affine), nn.ReLU(inplace=True),
+                     *separable(C, kernel, 1, affine))
+
+
+def dil_conv(C, kernel, stride, affine):
+    return ReLUFirst(DilatedConv(C, C, kernel, stride, padding=kernel - 1, dilation=2, groups=C, bias=False),
+                     nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine))
+
+
+def max_pool_2x2(stride):                                   # padded below and at the right, to keep the size
+    return nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), float("-inf")), nn.MaxPool2d(2, stride))
+
+
+# name: make(C, stride, affine), C channels in and out. `none` adds nothing, so it is never computed.
+OPS = {
+    "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride, padding=1),
+    "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
+    "skip_connect": lambda C, stride, affine: FactorizedReduce(C, C, affine) if stride > 1 else nn.Identity(),
+    "sep_conv_3x3": lambda C, stride, affine: sep_conv(C, 3, stride, affine),
+    "sep_conv_5x5": lambda C, stride, affine: sep_conv(C, 5, stride, affine),
+    "dil_conv_3x3": lambda C, stride, affine: dil_conv(C, 3, stride, affine),
+    "dil_conv_5x5": lambda C, stride, affine: dil_conv(C, 5, stride, affine),
+    "noise": lambda C, stride, affine: Noise(stride),                           # RobustDARTS, space S4
+    "sep_conv_7x7": lambda C, stride, affine: sep_conv(C, 7, stride, affine),   # from here: published cells
+    "nor_conv_1x1": lambda C, stride, affine: nn.Sequential(Subsample(stride), conv_bn(C, C, 1, 1, affine)),
+    "nor_conv_3x3": lambda C, stride, affine: conv_bn(C, C, 3, stride, affine),
+    "max_pool_2x2": lambda C, stride, affine: max_pool_2x2(stride),
+}

@@ -1,19 +1,19 @@
 """Retraining: the network of a genotype, trained from scratch. Section 5.1, with DARTS's protocols.
 
-    python retrain.py --genotype runs/.../genotype.json                       CIFAR-10, as in Table 1
-    python retrain.py --genotype VS_DARTS --dataset imagenet --data DIR       ImageNet, as in Table 2
-    torchrun --nproc_per_node=4 retrain.py --genotype VS_DARTS ...            several GPUs; also several machines
-    python retrain.py --evaluate runs/.../weights.pt                          test error of a trained network
+    python retrain.py --genotype runs/.../genotype.json                   CIFAR-10, as in Table 1
+    python retrain.py --genotype VS_DARTS --dataset imagenet --data DIR   ImageNet, as in Table 2
+    torchrun --nproc_per_node=4 retrain.py --genotype VS_DARTS ...        several GPUs, or several machines
+    python retrain.py --evaluate runs/.../weights.pt                      test error of a trained network
 
-The result is the last epoch's test error. The best epoch's is logged too, under its name: best on test (optimistic).
-Under torchrun --batch_size is that of all processes together, and batch norm sees its own process's share only, as in
-every published recipe. Protocols: quark0/darts f276dd3, cnn/{train,train_imagenet}.py; yuhuixu1993/PC-DARTS b74702f.
+The result is the last epoch's test error; the best epoch's is logged as "best on test (optimistic)". Under
+torchrun --batch_size is that of all processes together, and batch norm sees its own process's images only, as
+in every published recipe. Sources: quark0/darts f276dd3, cnn/{train,train_imagenet}.py; yuhuixu1993/PC-DARTS
+b74702f, train_imagenet.py.
 """
-import functools
+import argparse
 import json
 import os
 import platform
-import shlex
 import time
 from pathlib import Path
 
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DATASETS, Batches, ImageNet, load, test_batches
-from genotypes import load as load_genotype, to_json
+from data import DATASETS, Batches, ImageNet, load
+from genotypes import load_genotype, to_json
 from model import Network, count_macs, count_parameters
-from run import LOOK_EVERY, Exit, Parser, Run, clock, device_name, find_device, keep_settings, load_checkpoint, make_seed, \
-    means, metrics, number, precision, save, save_text, start
+from run import Parser, Run, autocast, device_name, differing, find_device, load_checkpoint, make_seed, \
+    means, metrics, number, parse_flags, place, read_json, reason, save, start, write
 
 CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36, "lr_scheduler": "cosine",
            "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9, "weight_decay": 3e-4, "grad_clip": 5.0,
@@ -40,22 +40,55 @@ PROTOCOLS = {
     "cifar10": CIFAR10,                                     # DARTS, cnn/train.py; section 5.1
     "cifar100": ROBUST_DARTS,                               # RobustDARTS; section 5.2 (8 cells)
     "svhn": ROBUST_DARTS,
-    "fashion_mnist": {**CIFAR10, "auxiliary_weight": 0.0},  # ours: CIFAR-10's without the head, which needs 32x32
-    "digits": {**CIFAR10, "epochs": 30, "layers": 8, "init_channels": 16, "auxiliary_weight": 0.0, "cutout_length": 2},
+    "fashion_mnist": {**CIFAR10, "auxiliary_weight": 0.0},  # ours: without the head, which needs 32x32
+    "digits": {**ROBUST_DARTS, "epochs": 30, "auxiliary_weight": 0.0, "cutout_length": 2},   # ours
     "folder": CIFAR10,                                      # ours
     "imagenet": IMAGENET,                                   # DARTS, cnn/train_imagenet.py
-    "linear": {**IMAGENET, "batch_size": 1024, "learning_rate": 0.5, "lr_scheduler": "linear"},  # PC-DARTS
+    "linear": {**IMAGENET, "batch_size": 1024, "learning_rate": 0.5, "lr_scheduler": "linear"},   # PC-DARTS
 }
-SOURCES = """sources: cifar10 is DARTS's cnn/train.py (section 5.1); cifar100 and svhn RobustDARTS's (section 5.2: 8 cells);
-fashion_mnist, digits and folder are ours, after CIFAR-10's; imagenet is DARTS's cnn/train_imagenet.py; linear is
---dataset imagenet --lr_scheduler linear: PC-DARTS's train_imagenet.py. With --image_size, cutout_length shrinks or grows
-with the images, and auxiliary_weight is 0 unless the head fits them (32x32; imagenet: 224x224)."""
 
 
-# ---------------------------------------------------------------- schedules
+# ---------------------------------------------------------------- data, network, schedule
+
+def read_split(args, train, device, rank=0, world=1):
+    """The batches of the train or test split: this process's share."""
+    seed = make_seed(args.seed, "data")
+    if args.dataset == "imagenet":
+        return ImageNet(args, train, seed, device, rank, world)
+    split = load(args.dataset, args.data, train, args.image_size, args.limit).to(device)
+    return Batches(split, args.batch_size, seed, args.cutout_length, train, rank, world)
+
+
+def read_data(args, device, rank, world):
+    """(train, test). On each machine one process reads first, as it may download; the others wait."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        dist.barrier()
+    test = read_split(args, False, device, rank, world)     # the smaller one first: its faults show early
+    train = read_split(args, True, device, rank, world)
+    if first and world > 1:
+        dist.barrier()
+    return train, test
+
+
+def make_network(genotype, args, num_classes):
+    return Network(genotype, args.init_channels, args.layers, num_classes, args.auxiliary_weight > 0,
+                   args.dataset == "imagenet")
+
+
+def count(genotype, args, num_classes, side):
+    """Parameters and multiply-adds of a network. SystemExit if the images do not fit its auxiliary head."""
+    with torch.device("meta"):
+        net = make_network(genotype, args, num_classes)
+        try:
+            net(torch.zeros(2, 3, side, side))
+        except ValueError as error:
+            raise SystemExit(f"{error} (--auxiliary_weight 0)") from None
+        return {"parameters": count_parameters(net), "macs": count_macs(net, side)}
+
 
 def make_scheduler(args, optimizer):
-    """The learning rate of each epoch. linear: PC-DARTS's, with five epochs of warmup for batches above 256."""
+    """The learning rate of each epoch. linear: PC-DARTS's, with a warmup of five epochs for large batches."""
     if args.lr_scheduler == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     if args.lr_scheduler == "exponential":
@@ -71,98 +104,16 @@ def make_scheduler(args, optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, linear)
 
 
-# ---------------------------------------------------------------- several processes (torchrun)
-
-def join():
-    """(rank, world) of this process: (0, 1) without torchrun. Its processes exchange gradients, and errors by agree()."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return rank, world
-
-
-def agree(error):
-    """Raises `error`. Of several processes all leave if any has an error; whoever has one says it, the same words once."""
-    if not dist.is_initialized():
-        if error:
-            raise error
-        return
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    said = [str(other) for other in errors[:dist.get_rank()] if other]
-    if error and str(error) not in said:
-        raise error
-    if any(errors):
-        raise Exit("", max(other.status for other in errors if other))
-
-
-def together(work):
-    """What work() returns in this process. If it raises Exit in any, all leave."""
-    result = error = None
-    try:
-        result = work()
-    except Exit as failure:
-        error = failure
-    agree(error)
-    return result
-
-
-# ---------------------------------------------------------------- data and network
-
-def download_first(args, world):
-    """Several processes: one of each machine reads the data before the others, as it may download and unpack them."""
-    if world > 1 and args.dataset != "imagenet":
-        for train in (True, False):
-            together(lambda: os.environ["LOCAL_RANK"] == "0" and load(args.dataset, args.data, train))
-
-
-def read_data(args, train, device, layout, rank, world):
-    """The batches of the training split, or a function that goes once over the test split; this process's share.
-
-    Also the number of classes and the side of the images.
-    """
-    seed = make_seed(args.seed, "data")
-    if args.dataset == "imagenet":
-        data = ImageNet(args, train, seed, device, layout, rank, world)
-        return (data if train else lambda: data.epoch(0)), data.classes, data.size
-    split = load(args.dataset, args.data, train, args.image_size, args.limit).to(device, layout)
-    if train:
-        batches = Batches(split, args.batch_size, seed, args.cutout_length, rank, world)
-    else:
-        batches = functools.partial(test_batches, split, max(1, args.batch_size // world), rank, world)
-    return batches, split.classes, split.images.shape[1]
-
-
-def make_network(genotype, args, classes):
-    return Network(genotype, args.init_channels, args.layers, classes, args.auxiliary_weight > 0,
-                   args.dataset == "imagenet")
-
-
-def without_head(state):
-    """A network's state without its auxiliary head, which only training needs."""
-    return {name: value for name, value in state.items() if not name.startswith("auxiliary_head")}
-
-
-def count(genotype, args, classes, side):
-    """Parameters and multiply-adds of the network. Raises Exit if its auxiliary head does not fit the images."""
-    with torch.device("meta"):
-        net = make_network(genotype, args, classes)
-        try:
-            net(torch.zeros(2, 3, side, side))
-        except ValueError as error:
-            raise Exit(f"{error} (--auxiliary_weight 0)") from None
-        return {"parameters": count_parameters(net), "macs": count_macs(net, side)}
-
-
 # ---------------------------------------------------------------- training and testing
 
-def train_step(net, optimizer, images, labels, args, autocast):
-    """One SGD step of loss + auxiliary_weight * auxiliary loss. Nothing here waits for the device."""
-    with autocast():
+def train_step(net, optimizer, images, labels, args):
+    """One SGD step on loss + auxiliary_weight * auxiliary loss. Nothing here waits for the device."""
+    with autocast(images.device, args.amp):
         logits, logits_aux = net(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smooth)
         if logits_aux is not None:
-            loss = loss + args.auxiliary_weight * F.cross_entropy(logits_aux, labels, label_smoothing=args.label_smooth)
+            loss_aux = F.cross_entropy(logits_aux, labels, label_smoothing=args.label_smooth)
+            loss = loss + args.auxiliary_weight * loss_aux
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
@@ -171,145 +122,126 @@ def train_step(net, optimizer, images, labels, args, autocast):
 
 
 @torch.no_grad()
-def evaluate(net, batches, device, autocast, look=lambda: None):
-    """The metrics of this process's share of the test split, summed. look: called between steps."""
+def evaluate(net, test):
+    """The summed metrics of this process's share of the test split."""
     net.eval()
-    totals = torch.zeros(4, device=device)
-    for images, labels in batches():
-        with autocast():
+    totals = 0
+    for images, labels in test.epoch(0):
+        with autocast(images.device, net.amp):
             logits, _ = net(images)
             loss = F.cross_entropy(logits, labels)
-        totals += metrics(loss, logits, labels)
-        look()
+        totals = totals + metrics(loss, logits, labels)
     return totals
 
 
 def train(genotype, args, run, rank, world, read=read_data):
-    """Trains a network to the last epoch; writes weights.pt and result.json. read: what to train and test on, as read_data."""
-    device = together(lambda: find_device(args.device))
-    autocast, layout = precision(args.amp, device)
-    download_first(args, world)
-    batches, classes, side = together(lambda: read(args, True, device, layout, rank, world))
-    test, _, _ = together(lambda: read(args, False, device, layout, rank, world))
-    counts = together(lambda: count(genotype, args, classes, side))
-
+    """Trains a network to the last epoch; writes weights.pt and result.json. read: where data come from."""
+    device = find_device(args.device)
+    batches, test = read(args, device, rank, world)
+    counts = count(genotype, args, len(test.classes), test.size)
     torch.manual_seed(args.seed)
-    net = make_network(genotype, args, classes).to(device, memory_format=layout)
-    optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay)
+    net = place(make_network(genotype, args, len(test.classes)), device, args.amp)
+    optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
+                                weight_decay=args.weight_decay)
     scheduler = make_scheduler(args, optimizer)
-    saved = together(lambda: run.begin({"net": net, "optimizer": optimizer, "scheduler": scheduler}))
-    together(lambda: run.main and save_text(run.folder / "genotype.json", to_json(genotype)))
-    last, best = saved.get("last"), saved.get("best")
+    run.begin({"net": net, "optimizer": optimizer, "scheduler": scheduler}, test.classes)
+    if run.main:
+        write(run.folder / "genotype.json", to_json(genotype))
     model = net
-    if world > 1:                                           # static_graph: a genotype may have nodes that nothing uses
+    if world > 1:                                           # static_graph: a genotype may have unused nodes
         model = DistributedDataParallel(net, static_graph=True)
-    run.say(f"{args.genotype} on {args.dataset}: {counts['parameters']:,} parameters, {counts['macs'] / 1e6:.1f}M "
+    run.say(f"{args.genotype} on {args.dataset}: {counts['parameters']:,} parameters, {counts['macs']:,} "
             f"multiply-adds; {world} x {device.type}; seed {args.seed}; {run.folder}")
 
     for epoch in range(run.epoch, args.epochs):
-        started, lr = time.time(), optimizer.param_groups[0]["lr"]
+        started, lr, totals = time.time(), optimizer.param_groups[0]["lr"], 0
         torch.manual_seed(make_seed(args.seed, "drop path", epoch, rank))
         net.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         net.train()
-        totals = torch.zeros(4, device=device)
-        for step, (images, labels) in enumerate(batches.epoch(epoch)):
-            loss, logits = train_step(model, optimizer, images, labels, args, autocast)
-            totals += metrics(loss, logits, labels)
-            run.step(step, batches.steps, totals)
-            if world == 1 or (step + 1) % LOOK_EVERY == 0:  # several processes leave at the same step
-                agree(run.reason_to_stop())
-        seconds = time.time() - started
+        for images, labels in batches.epoch(epoch):
+            loss, logits = train_step(model, optimizer, images, labels, args)
+            totals = totals + metrics(loss, logits, labels)
         scheduler.step()
         if world > 1:                                       # rank 0's running statistics are tested and saved
+            dist.all_reduce(totals)
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
-        look = run.look if world == 1 else lambda: None     # several processes look together, below
-        test_totals = together(lambda: evaluate(net, test, device, autocast, look))
-        agree(run.reason_to_stop())
+        train_loss, train_acc, _ = means(totals)
+        seconds = time.time() - started
+        totals_test = evaluate(net, test)
         if world > 1:
-            dist.all_reduce(totals)
-            dist.all_reduce(test_totals)
-        (train_loss, train_acc, _), (test_loss, top1, top5) = means(totals), means(test_totals)
-        last = {"epoch": epoch, "error": 100 - top1, "error_top5": 100 - top5}
-        if best is None or last["error"] < best["error"]:
-            best = last
-        record = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc, "test_loss": test_loss,
-                  "test_error": last["error"], "test_error_top5": last["error_top5"],
-                  "best on test (optimistic)": best["error"], "images/s": totals[3].item() / seconds,
-                  "seconds": time.time() - started}
-        together(lambda: run.end_epoch(record, last=last, best=best))
+            dist.all_reduce(totals_test)
+        test_loss, top1, top5 = means(totals_test)
+        best = min([100 - top1, *(record["test_error"] for record in run.log)])
+        record = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
+                  "test_loss": test_loss, "test_error": 100 - top1, "test_error_top5": 100 - top5,
+                  "best on test (optimistic)": best,
+                  "images/s": totals[3].item() / seconds, "seconds": time.time() - started}
+        run.end_epoch(record)
         run.say(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | test {test_loss:.3f} "
-                f"error {last['error']:.2f}% | {clock(record['seconds'])}")
-    together(lambda: finish(run, net, last, best, {**counts, **environment(device, world)}))
-
-
-def environment(device, world):
-    return {"device": device_name(device), "processes": world, "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__}
-
-
-def finish(run, net, last, best, facts):
-    """Writes weights.pt and then result.json, which marks the run as finished."""
+                f"error {100 - top1:.2f}% | {record['seconds']:.0f} s")
     if run.main:
-        weights = {name: value.cpu().contiguous() for name, value in without_head(net.state_dict()).items()}
-        save(run.folder / "weights.pt", lambda file: torch.save(weights, file))
-        result = {"test_error": last["error"], "test_error_top5": last["error_top5"], "epoch": last["epoch"],
-                  "best on test (optimistic)": best["error"], "best_epoch": best["epoch"], "seed": run.args.seed, **facts}
-        save_text(run.result, json.dumps(result, indent=1))
-    run.say(f"test error {last['error']:.2f}% after the last epoch (best on test (optimistic) {best['error']:.2f}%, "
-            f"epoch {best['epoch']}); {run.folder / 'weights.pt'}")
+        finish(run, net, {**counts, "device": device_name(device), "processes": world})
 
 
-def evaluate_file(path, args, rank, world):
+def finish(run, net, facts):
+    """Writes weights.pt and then result.json, which marks the run as finished."""
+    weights = {name: value.cpu().contiguous() for name, value in without_head(net.state_dict()).items()}
+    save({"net": weights, "classes": run.classes}, run.folder / "weights.pt")
+    last, best = run.log[-1], min(run.log, key=lambda record: record["test_error"])
+    result = {**{key: last[key] for key in ("test_error", "test_error_top5", "epoch")},
+              "best on test (optimistic)": best["test_error"], "best_epoch": best["epoch"],
+              "seed": run.args.seed, **facts, "python": platform.python_version(), "torch": torch.__version__,
+              "torchvision": torchvision.__version__}
+    write(run.result, json.dumps(result, indent=1))
+    run.say(f"test error {last['test_error']:.2f}% after the last epoch (best on test (optimistic) "
+            f"{best['test_error']:.2f}%, epoch {best['epoch']}); {run.folder / 'weights.pt'}")
+
+
+def without_head(state):
+    """A network's state without its auxiliary head, which only training needs."""
+    return {name: value for name, value in state.items() if not name.startswith("auxiliary_head")}
+
+
+def evaluate_file(path, args):
     """Prints the test error of a run's weights.pt or checkpoint.pt."""
-    def prepare_test():
-        state = load_checkpoint(path)
-        weights = state.get("net", state)                   # a checkpoint.pt has more than the network
-        try:
-            weights = without_head(weights)
-            args.auxiliary_weight = 0
-            net = make_network(read_genotype(path.parent / "genotype.json"), args, len(weights["classifier.bias"]))
-            net.load_state_dict(weights)
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise Exit(f"{path} holds no network of this run ({type(error).__name__})") from None
-        test, classes, _ = read_data(args, False, device, layout, rank, world)
-        if classes != net.classifier.out_features:
-            raise Exit(f"{path} was trained on {net.classifier.out_features} classes, and the test data have {classes}")
-        return net.to(device, memory_format=layout), test
-
-    device = together(lambda: find_device(args.device))
-    autocast, layout = precision(args.amp, device)
-    download_first(args, world)
-    net, test = together(prepare_test)
-    totals = together(lambda: evaluate(net, test, device, autocast))
-    if world > 1:
-        dist.all_reduce(totals)
-    loss, top1, top5 = means(totals)
-    if rank == 0:
-        print(f"{path} on {args.dataset}: test error {100 - top1:.2f}% (top-5 {100 - top5:.2f}%), loss {loss:.4f}")
+    device, saved = find_device(args.device), load_checkpoint(path)
+    args.auxiliary_weight = 0
+    try:
+        net = make_network(read_genotype(path.parent / "genotype.json"), args, len(saved["classes"]))
+        net.load_state_dict(without_head(saved["net"]))
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise SystemExit(f"{path} holds no network of this run ({reason(error)})") from None
+    test = read_split(args, False, device)
+    if list(test.classes) != saved["classes"]:
+        raise SystemExit(f"{path} and {args.data}: {differing(saved['classes'], test.classes)}")
+    loss, top1, top5 = means(evaluate(place(net, device, args.amp), test))
+    top5 = f" (top-5 {100 - top5:.2f}%)" if len(test.classes) > 5 else ""
+    print(f"{path} on {args.dataset}: test error {100 - top1:.2f}%{top5}, loss {loss:.4f}")
 
 
 # ---------------------------------------------------------------- the command
 
 def make_parser():
     rows = ["defaults".ljust(17) + "".join(name.rjust(14) for name in PROTOCOLS)]
-    rows += [flag.ljust(17) + "".join(str(protocol[flag]).rjust(14) for protocol in PROTOCOLS.values()) for flag in CIFAR10]
+    rows += [flag.ljust(17) + "".join(str(protocol[flag]).rjust(14) for protocol in PROTOCOLS.values())
+             for flag in CIFAR10]
     parser = Parser("retrain.py", description=__doc__, epilog="\n".join([*rows, SOURCES]))
-    add = parser.add_argument
-    add("--dataset", default="cifar10", choices=DATASETS, help="default %(default)s")
-    add("--data", default="data", help="folder of the data sets; for imagenet and folder the one with train/ and val/ "
-        "(default %(default)s)")
-    add("--image_size", type=number(int, 8, 512), help="resize the images to this side, in pixels (default: as they are; "
-        "32 for folder, crops of 224 for imagenet)")
-    add("--limit", type=number(int, 2), help="use the first LIMIT training images only (default: all)")
-    add("--genotype", help="a genotype.json, or a name of `python genotypes.py`")
-    add("--epochs", type=number(int, 1), help="number of epochs; the table below has the defaults of this flag and of "
-        "all up to --cutout_length")
+    add = parser.add_argument_group("the network and the data").add_argument
+    add("--genotype", help="a genotype.json, or a name that `python genotypes.py` lists")
+    add("--dataset", default="cifar10", choices=DATASETS, help="section 5.1: cifar10 and imagenet")
+    add("--data", default="data", help="folder of the data sets; for imagenet and folder, of train/ and val/")
+    add("--image_size", type=number(int, 8, 512),
+        help="side to which images are resized (default: as they are; 32 for folder, 224 for imagenet)")
+    add("--limit", type=number(int, 2), help="use the first LIMIT training images only")
+
+    add = parser.add_argument_group("training (defaults: the table below)").add_argument
+    add("--epochs", type=number(int, 1), help="number of epochs")
     add("--batch_size", type=number(int, 2), help="images in a step, all processes together")
     add("--layers", type=number(int, 3, 1000), help="number of cells")
     add("--init_channels", type=number(int, 2, 4096), help="channels of the first cell")
-    add("--lr_scheduler", choices=("cosine", "exponential", "linear"), help="cosine to 0; times --gamma each epoch; linear "
-        "to 0, with a warmup for batches above 256")
+    add("--lr_scheduler", choices=("cosine", "exponential", "linear"),
+        help="cosine to 0; times --gamma each epoch; linear to 0, with a warmup for batches above 256")
     add("--learning_rate", type=number(float, 0), help="SGD learning rate")
     add("--gamma", type=number(float, 0, 1, above=True), help="factor of --lr_scheduler exponential")
     add("--momentum", type=number(float, 0, 1), help="SGD momentum")
@@ -317,27 +249,33 @@ def make_parser():
     add("--grad_clip", type=number(float, 0, above=True), help="largest 2-norm of the whole gradient")
     add("--label_smooth", type=number(float, 0, 1), help="label smoothing, in training")
     add("--auxiliary_weight", type=number(float, 0), help="weight of the auxiliary head's loss; 0: no head")
-    add("--drop_path_prob", type=number(float, 0, 0.99), help="drop-path probability at the end, growing linearly from 0")
+    add("--drop_path_prob", type=number(float, 0, 0.99), help="drop-path probability at the end, from 0")
     add("--cutout_length", type=number(int, 0), help="side of the square that is cut out, in pixels; 0: none")
-    add("--seed", type=number(int, 0), default=0, help="default %(default)s: DARTS")
+    add("--seed", type=number(int, 0), default=0, help="a run is one seed; DARTS has 0")
+
+    add = parser.add_argument_group("the run").add_argument
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
-    add("--amp", action="store_true", help="bfloat16 autocast and TF32: other numbers, and faster on GPUs that have bfloat16")
-    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet, for each training process "
-        "(default %(default)s: DARTS)")
-    add("--out", help="run folder (default runs/retrain-DATASET-GENOTYPE-SEED)")
+    add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
+    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet for each GPU")
+    add("--out", help="run folder (default: in runs/, named after all flags that are not at their defaults)")
     add("--resume", metavar="FOLDER", help="continue an interrupted run, with its settings")
     add("--evaluate", metavar="FILE", help="test a run's weights.pt or checkpoint.pt, and end")
-    parser.set_defaults(**CIFAR10)
     return parser
+
+
+SOURCES = """sources: cifar10 is DARTS's cnn/train.py (section 5.1); cifar100 and svhn are RobustDARTS's (5.2:
+8 cells); fashion_mnist, digits and folder are ours, after CIFAR-10's; imagenet is DARTS's train_imagenet.py;
+linear is --dataset imagenet --lr_scheduler linear: PC-DARTS's train_imagenet.py. With --image_size,
+cutout_length scales with the images, and auxiliary_weight is 0 unless they fit the head (32x32; 224x224)."""
 
 
 def protocol(args):
     """The defaults of a data set's training, fitted to --image_size."""
     linear = args.dataset == "imagenet" and args.lr_scheduler == "linear"
-    defaults = dict(PROTOCOLS["linear" if linear else args.dataset])
-    size = args.image_size or DATASETS[args.dataset].size
-    defaults["cutout_length"] = defaults["cutout_length"] * size // DATASETS[args.dataset].size
-    if size != (224 if args.dataset == "imagenet" else 32):  # the auxiliary head fits no other
+    defaults, size = dict(PROTOCOLS["linear" if linear else args.dataset]), DATASETS[args.dataset].size
+    image_size = args.image_size or size
+    defaults["cutout_length"] = defaults["cutout_length"] * image_size // size
+    if image_size != (224 if args.dataset == "imagenet" else 32):   # the auxiliary head fits no other
         defaults["auxiliary_weight"] = 0.0
     return defaults
 
@@ -345,65 +283,66 @@ def protocol(args):
 def parse(arguments):
     """The flags, checked against each other, with the run folder's name filled in."""
     parser = make_parser()
-    args = parser.parse_args(arguments)
-    if args.evaluate is not None and args.resume is not None:
-        raise Exit("--evaluate and --resume cannot be combined: give one")
-    if args.evaluate is not None:
-        return keep_settings(parser, Path(args.evaluate).parent, arguments)
+    args = parse_flags(parser, arguments)
     if args.resume is not None:
-        return keep_settings(parser, Path(args.resume), arguments)
-    parser.set_defaults(**protocol(args))
-    args = parser.parse_args(arguments)
-    if args.genotype is None:
-        raise Exit("--genotype is needed: a genotype.json, or a name of `python genotypes.py`")
+        return args
+    if args.evaluate is not None:
+        saved = read_json(Path(args.evaluate).parent / "config.json")
+        return parser.parse_args(arguments, argparse.Namespace(**saved))
+    if not args.genotype:
+        raise SystemExit("--genotype is needed: a genotype.json, or a name that `python genotypes.py` lists")
+    given, usual = vars(args), {"image_size": None, "limit": None, "amp": False, **PROTOCOLS[args.dataset]}
+    changed = [f"{flag}={given[flag]}" for flag in usual if given[flag] not in (None, usual[flag])]
+    args = parser.parse_args(arguments, argparse.Namespace(**protocol(args)))
     if args.lr_scheduler == "linear" and args.epochs < 6:
-        raise Exit("--lr_scheduler linear needs --epochs 6 or more: its last five are a phase of their own")
-    path = Path(args.genotype)                              # a published name as it is; of runs/NAME/genotype.json, NAME
-    name = path.parent.name if path.name == "genotype.json" and path.parent.name else path.stem
-    args.out = args.out or f"runs/retrain-{args.dataset}-{name}-{args.seed}"
+        raise SystemExit("--lr_scheduler linear needs --epochs 6 or more: its last five are a phase apart")
+    name = Path(args.genotype).with_suffix("").as_posix().removeprefix("runs/").removesuffix("/genotype")
+    name = "-".join(["retrain", args.dataset, name.replace("/", "-"), *changed, str(args.seed)])
+    args.out = args.out or f"runs/{name}"
     return args
+
+
+def source_of(args, genotype):
+    """The search that a cell is from, for the tables: its search.json, if that is about this very cell."""
+    path = Path(args.genotype).parent / "search.json"
+    source = read_json(path) if path.exists() else {}
+    return source if source.get("genotype") == json.loads(to_json(genotype)) else None
 
 
 def read_genotype(name_or_file):
     try:
         return load_genotype(str(name_or_file))
     except ValueError as error:
-        raise Exit(f"--genotype: {error}") from None
+        raise SystemExit(f"--genotype: {error}") from None
 
 
-def how_to_resume(args, world):
-    """In words: the command that goes on with this run."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world > here:
-        return f"the command that started it, --resume {shlex.quote(args.out)} in place of its flags, on every machine"
-    launcher = f"torchrun --nproc_per_node={here}" if world > 1 else "python"
-    return f"`{launcher} retrain.py --resume {shlex.quote(args.out)}`"
-
-
-def prepare_run(args, rank, world):
-    """(genotype, Run): what can be wrong about them is known before any data are read."""
-    if args.resume is None:
-        args.processes = world                              # kept in config.json: a resumed run needs as many
-    elif args.processes != world:
-        raise Exit(f"{args.out} is a run of {args.processes} processes, not {world}: resume with as many")
-    if args.batch_size < 2 * world:
-        raise Exit(f"--batch_size {args.batch_size} is that of all {world} processes: each needs two images of it")
-    kept = Path(args.out) / "genotype.json"
-    genotype = read_genotype(kept if args.resume is not None else args.genotype)
-    return genotype, Run("retrain.py", args, "result.json", how_to_resume(args, world), main=rank == 0)
+def join():
+    """(rank, world) of this process: (0, 1) without torchrun. On each machine one process downloads first."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return rank, world
 
 
 def main(arguments):
-    rank, world = join()
-    args = together(lambda: parse(arguments))
+    args = parse(arguments)
     if args.evaluate is not None:
-        evaluate_file(Path(args.evaluate), args, rank, world)
+        return evaluate_file(Path(args.evaluate), args)
+    rank, world = join()
+    if args.batch_size < 2 * world:
+        raise SystemExit(f"--batch_size {args.batch_size} is too small for {world} processes: each needs two")
+    if args.resume is None:
+        genotype = read_genotype(args.genotype)
+        args.processes, args.search = world, source_of(args, genotype)
     else:
-        genotype, run = together(lambda: prepare_run(args, rank, world))
+        genotype = read_genotype(Path(args.out) / "genotype.json")
+        if args.processes != world:
+            raise SystemExit(f"{args.out} is a run of {args.processes} processes, not {world}: use as many")
+    with Run(args, "result.json", main=rank == 0) as run:
         train(genotype, args, run, rank, world)
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    start("retrain.py", main)
+    start(main)

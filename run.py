@@ -1,110 +1,77 @@
-"""What the programs share to keep a run: flags, device, metrics, files, signals.
+"""What the programs share to keep a run: flags, device, metrics, files.
 
-A run folder holds config.json (every flag), log.jsonl (a line per epoch), checkpoint.pt (after every epoch) and, once the
-run has ended, its result. A folder without a checkpoint is not a run yet: it may be started anew.
+A run's folder holds config.json (every flag), log.jsonl (a line per epoch), checkpoint.pt (the state after
+the last epoch) and, at the end, its result.
 """
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import platform
+import shutil
 import signal
 import sys
-import warnings
-from datetime import timedelta
+import time
 from pathlib import Path
 
 import torch
 
-LOOK_EVERY = 20                                             # steps between two looks at the loss: each waits for the device
-stop = None                                                 # why to leave between two steps: a signal's number or an Exit
-
-
-class Exit(Exception):
-    """Ends the program with one line on stderr. Status 2: something to mend and start again; 1: the training failed."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
-
-
-def start(program, main):
-    """Runs main(arguments) and exits: mistakes, failures and Ctrl-C end in one line, without a traceback."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except Exit as error:
-        status, message = error.status, str(error)
-    except KeyboardInterrupt:                               # before or after the training, which only notes it
-        status, message = 128 + signal.SIGINT, "interrupted"
-    except BrokenPipeError:                                 # as in `python search.py | head`
-        status, message = 128 + signal.SIGPIPE, "nobody reads stdout any more"
-        sys.stdout = open(os.devnull, "w")
-    if message:
-        print(f"{program}: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def reason(error):
-    """The first line of what an error says."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-
 
 # ---------------------------------------------------------------- flags
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):                     # without "(default: None)" and "(default: False)"
+        return super()._get_help_string(action) if action.default else action.help
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, and with its errors in one line."""
+    """argparse without abbreviations, with defaults in its help and errors in one line."""
 
     def __init__(self, program, **options):
-        super().__init__(program, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(program, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        self.set_defaults(program=program)
 
     def error(self, message):
-        raise Exit(f"{message} (see --help)")
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def number(kind, low, high=2**31 - 1, above=False):
     """A type for argparse: an int or float from `low` (with `above`: greater than it) to `high`."""
-    limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < 2**31 - 1 else "")
-
     def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if low < value <= high or (value == low and not above):
             return value
-        raise argparse.ArgumentTypeError(f"it must be a {'whole ' if kind is int else ''}number {limits}, not {text!r}")
+        limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < 2**31 - 1 else "")
+        raise argparse.ArgumentTypeError(f"it must be {limits}, not {text}")
+    read.__name__ = "whole number" if kind is int else "number"             # for argparse's own message
     return read
 
 
-def keep_settings(parser, folder, arguments):
-    """The flags of the run in `folder`: its config.json gives the defaults, and only --data and --device may differ."""
-    config = folder / "config.json"
-    try:
-        saved = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Exit(f"{config} cannot be read ({reason(error)})") from None
-    if not isinstance(saved, dict) or saved.pop("program", None) != parser.prog:
-        raise Exit(f"{folder} is not a run of {parser.prog}")
-    saved["out"] = str(folder)
-    words = [f"--{flag}={value}" for flag, value in saved.items() if value not in (None, True, False) and flag != "processes"]
-    try:
-        parser.parse_args(words)                            # argparse checks no defaults that are not text
-    except Exit as error:
-        raise Exit(f"{config}: {error}") from None
-    parser.set_defaults(**saved)
+def parse_flags(parser, arguments):
+    """The flags. With --resume FOLDER, those in its config.json, of which only a few may be changed."""
     args = parser.parse_args(arguments)
+    if args.resume is None:
+        return args
+    config = Path(args.resume) / "config.json"
+    saved = {**read_json(config), "out": args.resume, "resume": args.resume}
+    if saved.get("program") != parser.prog:
+        raise SystemExit(f"{args.resume} is not a run of {parser.prog}")
+    args = parser.parse_args(arguments, argparse.Namespace(**saved))
     for flag, value in saved.items():
-        if flag not in ("data", "device") and getattr(args, flag) != value:
-            raise Exit(f"--{flag} {getattr(args, flag)} differs from {value} in {config}: a run keeps its settings; leave "
-                       f"the flag out, or start a new run with another --out")
+        if flag not in ("data", "device", "workers") and getattr(args, flag) != value:
+            raise SystemExit(f"--{flag} {getattr(args, flag)} differs from {value} in {config}: leave it "
+                             f"out, or start a new run")
     return args
 
 
 # ---------------------------------------------------------------- device and numbers
 
 def find_device(name):
-    """The torch.device `name`, by default CUDA if there is any; under torchrun the GPU of this process's LOCAL_RANK."""
+    """The torch.device `name`, by default CUDA if there is any; under torchrun this process's own GPU."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -113,26 +80,32 @@ def find_device(name):
             torch.cuda.set_device(device)                   # before anything touches GPU 0
         torch.zeros(1, device=device).item()
     except Exception as error:                              # each kind of device fails in its own way
-        raise Exit(f"--device {name} cannot be used here ({reason(error)}); try --device cpu") from None
+        raise SystemExit(f"--device {name} cannot be used here ({reason(error)}); try --device cpu") from None
     return device
 
 
 def device_name(device):
-    """What results say of where they were made, such as "Tesla V100-SXM2-16GB" or "x86_64 cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    """Where results were made, such as "Tesla V100-SXM2-16GB" or "x86_64 cpu"."""
+    cpu = f"{platform.machine()} {device.type}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
-def precision(amp, device):
-    """(context of the forward pass, memory format of images and weights): float32 or, with `amp`, bfloat16 and TF32.
+def place(net, device, amp=False):
+    """Moves a network to its device, in the fastest memory format. amp: bfloat16 and TF32, not float32.
 
-    channels_last makes depthwise convolutions 4 to 5 times faster on the CPU. On CUDA it serves half precision only:
-    in float32 cuDNN's are known to be slow (pytorch/pytorch #22302, #34977). We have not measured it on a GPU.
+    channels_last makes depthwise convolutions 4 to 5 times faster on the CPU. On CUDA it helps half precision
+    only: in float32 it is known to be slow there (pytorch/pytorch #22302, #34977). We have not measured it.
     """
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = amp
     channels_last = device.type == "cpu" or (device.type == "cuda" and amp)
-    return (lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp),
-            torch.channels_last if channels_last else torch.contiguous_format)
+    net.amp = amp
+    return net.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def autocast(device, amp):
+    """The context in which a loss is computed."""
+    return torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
 
 
 def make_seed(*parts):
@@ -141,8 +114,8 @@ def make_seed(*parts):
 
 
 def metrics(loss, logits, labels):
-    """(loss, top-1 correct, top-5 correct, images) summed over a batch, on the device. loss: the mean over the batch."""
-    correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5); fewer where there are fewer classes
+    """(loss, top-1 correct, top-5 correct, images), summed over a batch, on the device. loss: their mean."""
+    correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]               # (B, 5)
     images = torch.full_like(loss, len(labels), dtype=torch.float32)
     return torch.stack([loss.detach() * images, correct[:, 0].sum(), correct.sum(), images])
 
@@ -155,141 +128,150 @@ def means(totals):
 
 # ---------------------------------------------------------------- files
 
-def save(path, write):
-    """Calls write(file) on a temporary file, then moves it to `path`. On any error the old file stays as it was."""
-    temporary = path.with_name(path.name + ".tmp")
+def reason(error):
+    """What an error says, in one line."""
+    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def write(path, content):
+    """Writes bytes or a text to a temporary file, then moves it to `path`: files are always whole."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content.encode() + b"\n" if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                # torch.save turns a full disk into a RuntimeError
-        raise Exit(f"cannot write {path} ({reason(error)}): make room, or choose another --out") from None
+    except OSError as error:
+        raise SystemExit(f"cannot write {path} ({reason(error)}): make room, or change --out") from None
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
-def save_text(path, text):
-    save(path, lambda file: file.write(text.encode() + b"\n"))
+def save(state, path):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getbuffer())
+
+
+def read_json(path):
+    """The object in a JSON file that one of the programs wrote."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise SystemExit(f"{path} cannot be read ({reason(error)})") from None
 
 
 def load_checkpoint(path):
     """The dict of tensors and plain values in a .pt file."""
     try:
-        with warnings.catch_warnings(action="ignore"):      # torch's, of pickles that are no checkpoints
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                              # whatever such a file makes torch raise
-        raise Exit(f"{path} is no checkpoint that can be read ({getattr(error, 'strerror', type(error).__name__)})") from None
-    if not isinstance(state, dict):
-        raise Exit(f"{path} is no checkpoint of this program")
-    return state
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.PickleError) as error:
+        raise SystemExit(f"{path} is no checkpoint that can be read ({reason(error)})") from None
 
 
 # ---------------------------------------------------------------- the run
 
-def note_signal(signum, frame):
-    """Only takes a note, so that nothing is cut short; a second signal ends the process at once."""
-    global stop
-    stop = signum
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
-    if os.environ.get("RANK", "0") == "0":                  # under torchrun one process speaks
-        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
-
-
 class Run:
-    """A run folder. `epoch` counts its finished epochs; `result` is the file that marks the end.
+    """A run's folder. epoch: how many are finished. log: a record of each. result: the file of its end.
 
-    how_to_resume: the command, for messages. main: False in the processes of torchrun that neither write nor speak.
-    unit: what messages call an epoch. part: of a larger run, which is resumed even before this one's first epoch.
+    main: False in processes of torchrun that neither write nor speak. In a `with` statement, Ctrl-C says how
+    to go on, and an error in the first epoch leaves no folder in the corrected command's way.
     """
 
-    def __init__(self, program, args, result, how_to_resume, main=True, unit="epoch", part=False):
-        self.unit, self.part = unit, part
-        self.program, self.args, self.how_to_resume, self.main, self.epoch = program, args, how_to_resume, main, 0
-        self.folder, self.log = Path(args.out), []
-        self.checkpoint, self.result = self.folder / "checkpoint.pt", self.folder / result
-        self.check_folder()
+    def __init__(self, args, result, main=True):
+        self.args, self.main, self.epoch, self.log, self.claimed = args, main, 0, [], False
+        self.folder = folder = Path(args.out)
+        self.result, self.checkpoint = folder / result, folder / "checkpoint.pt"
+        if main and self.result.exists():
+            raise SystemExit(f"{folder} holds a finished run ({result}): choose another --out, or delete it")
+        free = not folder.exists() or (folder.is_dir() and not os.listdir(folder))
+        if main and args.resume is None and not free:
+            raise SystemExit(f"{folder} is in use: choose another --out, or --resume {folder} if it is a run")
 
-    def check_folder(self):
-        """Raises Exit for what this run must not overwrite, and for a run to resume that is not there."""
-        if self.result.exists():
-            raise Exit(f"{self.folder} holds a finished run ({self.result.name}): choose another --out, or delete the folder")
-        if self.args.resume is None and self.checkpoint.exists():
-            raise Exit(f"{self.folder} holds an unfinished run: resume with {self.how_to_resume}, or choose another --out")
-        if self.args.resume is not None and not self.checkpoint.exists():
-            raise Exit(f"{self.folder} has no finished {self.unit} to resume from: start the run again, without --resume")
-        if self.args.resume is None and self.folder.is_dir() and not set(os.listdir(self.folder)) <= {"config.json.tmp"}:
-            config = self.folder / "config.json"            # a start of this program that failed may be overwritten
-            ours = config.is_file() and f'"program": "{self.program}"' in config.read_text(errors="replace")
-            if not ours or any(path.is_dir() for path in self.folder.iterdir()):             # R-DARTS has runs within
-                raise Exit(f"{self.folder} holds something else: choose another --out")
-
-    def begin(self, parts):
-        """Makes the folder or resumes. parts: {name: what has a state_dict}. Returns the checkpoint, empty for a new run."""
-        self.parts, saved = parts, {}
-        if self.args.resume is not None:
-            saved = load_checkpoint(self.checkpoint)
+    def begin(self, parts, classes):
+        """Takes the folder, or loads its checkpoint. parts: {name: what has a state_dict}. classes: names."""
+        self.parts, self.classes = parts, list(classes)
+        if self.args.resume is not None and self.checkpoint.exists():
+            self.load()
+        elif self.args.resume is None and self.main:
             try:
-                for name, part in parts.items():
-                    part.load_state_dict(saved[name])
-                self.epoch = saved["epoch"]
-                self.log = (self.folder / "log.jsonl").read_text().splitlines()[:self.epoch]
-            except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Exit(f"{self.checkpoint} does not fit this run ({type(error).__name__}: {reason(error)})") from None
-        elif self.main:
-            flags = {flag: value for flag, value in vars(self.args).items() if flag not in ("resume", "evaluate")}
-            save_text(self.folder / "config.json", json.dumps({"program": self.program, **flags}, indent=1))
-        signal.signal(signal.SIGINT, note_signal)
-        signal.signal(signal.SIGTERM, note_signal)
-        return saved
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with open(self.folder / "config.json", "x") as file:    # of two starts at once, one succeeds
+                    json.dump(vars(self.args), file, indent=1)
+            except OSError as error:
+                raise SystemExit(f"cannot make {self.folder}/config.json ({reason(error)}): change --out")
+            self.claimed = True
 
-    def reason_to_stop(self):
-        """The Exit with which to leave between two steps, or None."""
-        if not isinstance(stop, int):
-            return stop
-        go_on = f"resume with {self.how_to_resume}" if self.epoch or self.part else "start it again"
-        return Exit(f"interrupted ({signal.Signals(stop).name}) after {self.epoch} finished {self.unit}(s); {go_on}", 128 + stop)
+    def load(self):
+        saved = load_checkpoint(self.checkpoint)
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            self.epoch, classes = saved["epoch"], saved["classes"]
+            lines = (self.folder / "log.jsonl").read_text().splitlines()
+            self.log = [json.loads(line) for line in lines[:self.epoch]]
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise SystemExit(f"{self.checkpoint} does not fit this run ({reason(error)})") from None
+        if classes != self.classes:
+            raise SystemExit(f"{self.checkpoint}: {differing(classes, self.classes)}")
 
-    def look(self):
-        """Leaves if there is a reason to."""
-        error = self.reason_to_stop()
-        if error:
-            raise error
-
-    def step(self, step, steps, totals):
-        """After a training step. Now and then: is the loss, totals[0], still finite? On a terminal, how far are we?"""
-        global stop
-        if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
-            loss, _, _ = means(totals)                      # waits for the device
-            if not math.isfinite(loss):
-                stop = self.diverged(f"the loss is not finite by step {step} of {self.unit} {self.epoch}")
-            if self.main and sys.stdout.isatty():
-                print(f"\r{self.unit} {self.epoch} step {step + 1}/{steps} loss {loss:.4f}\x1b[K\r", end="", flush=True)
-
-    def diverged(self, what):
-        return Exit(f"{what}; log and checkpoint end with the {self.unit} before. A smaller --learning_rate may help, in a new run "
-                    f"with another --out", status=1)
-
-    def end_epoch(self, record, **state):
-        """Logs a finished epoch and saves what the next one starts from: the parts and `state`. Raises Exit if it diverged."""
-        finite = torch.stack([p.isfinite().all() for p in self.parts["net"].parameters()]).all()
-        if not (finite and all(math.isfinite(value) for value in record.values() if isinstance(value, float))):
-            raise self.diverged(f"a loss or a parameter is not finite at the end of {self.unit} {self.epoch}")
+    def end_epoch(self, record):
+        """Logs a finished epoch, and saves what the next one starts from."""
+        numbers = [value for value in record.values() if isinstance(value, float)]
+        weights = self.parts["net"].parameters()
+        if not (all(map(math.isfinite, numbers)) and all(w.isfinite().all() for w in weights)):
+            raise SystemExit(f"a loss or a weight is not finite after epoch {self.epoch}: try a smaller "
+                             f"--learning_rate, in a new run")
         self.epoch += 1
-        self.log.append(json.dumps(record, allow_nan=False))
+        self.log.append(record)
         if self.main:
-            save_text(self.folder / "log.jsonl", "\n".join(self.log))
-            state |= {"epoch": self.epoch, **{name: part.state_dict() for name, part in self.parts.items()}}
-            save(self.checkpoint, lambda file: torch.save(state, file))
+            write(self.folder / "log.jsonl", "\n".join(map(json.dumps, self.log)))
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            save({"epoch": self.epoch, "classes": self.classes, **states}, self.checkpoint)
 
     def say(self, text):
         if self.main:
             print(text, flush=True)
 
+    def __enter__(self):
+        return self
 
-def clock(seconds):
-    return str(timedelta(seconds=int(seconds)))
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and self.claimed and self.epoch == 0:
+            shutil.rmtree(self.folder)
+        if kind is KeyboardInterrupt:
+            go_on = f"--resume {self.folder} goes on after epoch {self.epoch - 1}"
+            raise KeyboardInterrupt(f"interrupted; {go_on if self.epoch else 'start again'}") from None
+
+
+def differing(classes, others):
+    """How two lists of classes differ, in words."""
+    only = sorted(set(classes) ^ set(others))
+    return f"the classes differ ({', '.join(only[:3]) or 'in their order'}{', ...' if len(only) > 3 else ''})"
+
+
+def start(main):
+    """Runs main(arguments). Ctrl-C ends it in one line, and by the signal itself, as shells' loops expect."""
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(*error.args or ["interrupted"], file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except RuntimeError as error:
+        if "by peer" not in str(error):                     # otherwise another process of torchrun has left,
+            raise                                           # and has said why
+        sys.exit(1)
+
+
+def progress(items, what, total):
+    """Yields the items, and says every ten seconds how many there were and how long the others will take."""
+    started = said = time.time()
+    for done, item in enumerate(items, start=1):
+        yield item
+        if time.time() - said > 10:
+            said = time.time()
+            left = (said - started) / done * (total - done)
+            print(f"{what}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
