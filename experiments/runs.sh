@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The searches behind experiments/README.md, in the order of their worth: about twenty hours of one core.
+# What is finished is skipped, and what was stopped goes on, so it may be stopped and started at any time.
+#
+#   bash experiments/runs.sh DATA OUT            DATA has train/CLASS/IMAGE; two searches at a time, one thread each
+#   bash experiments/runs.sh DATA OUT --dry_run  only print the commands
+set -u
+export DATA=$1 OUT=$2 DRY=${3:-} OMP_NUM_THREADS=1 PYTHON=${PYTHON:-python}
+
+small="--dataset folder --data $DATA --image_size 16 --layers 3 --init_channels 8 --keep_nets"
+s3="$small --space s3 --limit 6400 --epochs 50 --arch_learning_rate 2.35e-3"      # 2,500 steps
+full="$small --space darts --limit 6400 --epochs 25 --arch_learning_rate 4.7e-3"  # 1,250 steps
+s4="$small --space s4 --limit 1600 --epochs 100 --arch_learning_rate 4.9e-3"      # 1,200 steps
+all="--node_norm --larc --sqrt_beta"
+
+searches() {                                                # a line each: folder, program, flags
+    for seed in 0 1 2 3 4; do
+        echo "s3-darts_l2-$seed search.py $s3 --seed $seed"
+        echo "s3-vs_darts-$seed search.py $s3 $all --seed $seed"
+    done
+    for seed in 0 1; do
+        echo "full-darts_l2-$seed search.py $full --seed $seed"
+        echo "full-vs_darts-$seed search.py $full $all --seed $seed"
+    done
+    for seed in 0 1 2; do
+        echo "s3-norm-$seed search.py $s3 --node_norm --seed $seed"
+        echo "s3-norm_larc-$seed search.py $s3 --node_norm --larc --seed $seed"
+        echo "s3-norm_sqrt-$seed search.py $s3 --node_norm --sqrt_beta --seed $seed"
+        echo "s3-vs_darts_trust_0.1-$seed search.py $s3 $all --larc_trust 0.1 --seed $seed"
+    done
+    for seed in 0 1 2; do
+        echo "s4-darts-$seed search.py $s4 --weight_decay 3e-4 --seed $seed"
+        echo "s4-darts_l2-$seed search.py $s4 --seed $seed"
+        echo "s4-vs_darts-$seed search.py $s4 $all --seed $seed"
+        echo "s4-es-$seed experiments.baselines es $s4 --seed $seed"
+    done
+}
+
+one() {
+    name=$1 program=$2
+    shift 2
+    case $program in search.py) command="$PYTHON search.py" ;; *) command="$PYTHON -m $program $1"; shift ;; esac
+    if [ -e "$OUT/$name/genotype.json" ]; then return; fi
+    if [ -e "$OUT/$name/config.json" ]; then flags="--resume $OUT/$name"; else flags="$* --out $OUT/$name"; fi
+    if [ -n "$DRY" ]; then echo "$command $flags"; return; fi
+    mkdir -p "$OUT"
+    nice -n 19 $command $flags >> "$OUT/$name.txt" 2>&1 || echo "$name ended with status $?: see $OUT/$name.txt"
+}
+export -f one
+searches | xargs -P "${JOBS:-2}" -L 1 bash -c 'one "$@"' one

@@ -1,0 +1,205 @@
+"""The paper's tables beside runs of your own, as Markdown. Section 5.
+
+    python -m experiments.tables 1 RUN [RUN ...]        from folders of retrain.py; so are 3 and 4
+    python -m experiments.tables 2                      the published cells, counted: half a minute
+
+A table is of one data set and one protocol. What was published stands beside runs on the paper's data set
+and in its size; beside others stands a dash. Folders of other programs are passed over.
+"""
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from genotypes import PUBLISHED, network
+from model import count_macs, count_parameters
+from run import Parser, read_json, start
+
+METHODS = {"second_order": "DARTS, second order", "es": "DARTS-ES", "ada": "DARTS-ADA",
+           "r_darts": "R-DARTS(L2)", "perturbation": "DARTS+PT"}            # of baselines.py
+SIZES = {"cifar10": (20, 36), "cifar100": (8, 16), "svhn": (8, 16)}         # the paper's: cells, channels
+TABLE1 = """\
+NASNet-A | 3.3 | 2.65 | 2000 | NASNet_A
+ENAS | 4.6 | 2.89 | 0.5 | ENAS
+AmoebaNet-B | 2.8 | 2.55 | 3150 | AmoebaNet_B
+DARTS, first order | 3.3 | 3.00 | 1.5 | DARTS
+DARTS, second order | 3.3 | 2.76 | 4.0 | DARTS, second order
+SNAS | 2.8 | 2.85 ± 0.30 | 1.5 | SNAS_moderate
+GDAS | 3.4 | 2.93 | 0.2 | GDAS
+P-DARTS | 3.4 | 2.50 | 0.2 | P_DARTS
+PC-DARTS | 3.6 | 2.57 | 0.1 | PC_DARTS
+R-DARTS | - | 2.95 ± 0.21 | 1.6 | R-DARTS(L2)
+FairDARTS | 3.3 ± 0.5 | 2.54 ± 0.05 | 0.4 | FairDARTS_B
+DARTS- | - | 2.59 ± 0.08 | 0.4 | -
+PR-DARTS | 3.4 | 2.32 | 0.17 | PR_DARTS
+DARTS+PT | 3.0 | 2.61 ± 0.08 | 0.8 | DARTS+PT
+VS-DARTS (avg) | 3.4 ± 0.3 | 2.50 ± 0.05 | 0.4 | VS-DARTS
+VS-DARTS (best) | 3.38 | 2.43 | 0.4 | VS-DARTS (best)"""       # the last: our row that it stands beside
+TABLE3 = {  # errors (%) on CIFAR-10, CIFAR-100 and SVHN, each in S1, S2, S3 and S4
+    "DARTS": "3.84 4.85 3.34 7.20  29.46 26.05 28.90 28.85  4.58 3.53 3.41 3.05",
+    "R-DARTS(L2)": "2.78 3.31 2.51 3.56  24.25 22.24 23.99 21.94  4.79 2.51 2.48 2.50",
+    "DARTS-ES": "3.01 3.26 2.74 3.71  28.37 23.25 23.73 21.26  2.72 2.60 2.50 2.51",
+    "DARTS-ADA": "3.10 3.35 2.59 4.84  24.03 23.52 23.37 23.20  2.53 2.54 2.50 2.46",
+    "PR-DARTS": "3.26 3.63 3.99 2.59  32.74 32.52 26.96 20.80  3.33 4.48 2.75 2.95",
+    "DARTS+PT": "3.50 2.79 2.49 2.64  24.48 23.16 22.03 20.80  2.62 2.53 2.42 2.42",
+    "VS-DARTS": "2.58 2.57 2.52 2.49  23.87 21.49 22.03 20.69  2.37 2.37 2.37 2.32"}
+TABLE4 = ("DARTS-L2 | 2.91 | DARTS-L2", "DARTS-L2 + node norm | 2.71 | DARTS-L2 + node norm",
+          "DARTS-L2 + node norm + LARC | 2.60 | DARTS-L2 + node norm + LARC", "VS-DARTS | 2.43 | VS-DARTS")
+
+FREE = {"genotype", "seed", "data", "device", "workers", "processes", "out", "resume", "evaluate", "search",
+        "search_seconds", "seconds", "result", "folder", "program", "method", "keep_nets"}
+COMPARED = {"node_norm", "larc", "larc_trust", "larc_clip", "sqrt_beta", "weight_decay"}
+OWN = {*"window ratio first max_decay train_epochs train_layers train_channels tune_epochs".split()}
+
+
+def method(flags):
+    """What the paper calls a search with these flags. What differs from its setting is named."""
+    names = {"node_norm": "node norm", "larc": "LARC", "sqrt_beta": "sqrt(beta)"}
+    switches = [name for flag, name in names.items() if flags[flag]]
+    base = METHODS.get(flags.get("method")) or ("DARTS" if flags["weight_decay"] == 3e-4 else "DARTS-L2")
+    if len(switches) == 3 and not flags.get("method"):
+        base, switches = "VS-DARTS", []
+    details = [" + ".join([base, *switches])]
+    if flags["weight_decay"] != (5e-3 if base in ("VS-DARTS", "DARTS-L2") else 3e-4):
+        details.append(f"weight decay {flags['weight_decay']:g}")
+    if flags["larc"]:
+        details += [f"trust {flags['larc_trust']:g}"] * (flags["larc_trust"] != 1)
+        details += ["clip"] * flags["larc_clip"]
+    return ", ".join(details)
+
+
+def read_runs(folders):
+    """Finished retrainings: their flags, with "search" of their cell or None, their "result" and "folder"."""
+    runs = []
+    for folder in map(Path, folders):
+        config, result = folder / "config.json", folder / "result.json"
+        flags = {} if folder.is_dir() and not config.exists() else read_json(config)
+        if flags.get("program") == "retrain.py" and result.exists():
+            runs.append({"search": None, **flags, "result": read_json(result), "folder": folder})
+        elif flags.get("program") == "retrain.py":
+            print(f"{folder} is left out: it is not finished", file=sys.stderr)
+    return runs
+
+
+def row_name(run):
+    """The method of a searched cell, the name of a published one, or a file's name without its number."""
+    if run["search"] or run["genotype"] in PUBLISHED:
+        return method(run["search"]) if run["search"] else run["genotype"]
+    path = Path(run["genotype"])
+    name = path.parent.name if path.name == "genotype.json" else path.stem
+    return f"{name.rstrip('0123456789-_') or path} (no search)"
+
+
+def groups(runs, key):
+    return {name: list(found) for name, found in itertools.groupby(sorted(runs, key=key), key)}
+
+
+def same_protocol(runs):
+    """Raises SystemExit if runs differ in what is not FREE, nor COMPARED or a method's OWN in searches."""
+    first = {}
+    for run in runs:
+        flags = {f"--{flag}": value for flag, value in run.items() if flag not in FREE}
+        search = run["search"] or {}
+        flags |= {f"{search.get('method') if flag in OWN else 'search'}'s --{flag}": value
+                  for flag, value in search.items() if flag not in FREE | COMPARED}
+        for flag, value in flags.items():
+            other, folder = first.setdefault(flag, (value, run["folder"]))
+            if value != other:
+                raise SystemExit(f"protocols differ: {flag} {value} in {run['folder']}, {other} in {folder}")
+
+
+def protocol(run):
+    """The data set and the size of a retraining or of a search, in words."""
+    size = f" of {run['image_size']} pixels" if run["image_size"] else ""
+    space = f", space {run['space']}" if "space" in run else ""
+    return (f"{run['dataset']}, {run['limit'] or 'all'} images{size}{space}, {run['epochs']} epochs, "
+            f"{run['layers']} cells, {run['init_channels']} channels")
+
+
+def cells(runs):
+    """Last epoch's test error, mean +- standard deviation (every run); parameters; cost of a search."""
+    errors = [run["result"]["test_error"] for run in runs]
+    deviation = f" ± {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
+    every = " ".join(f"{error:.2f}" for error in errors)
+    parameters = np.mean([run["result"]["parameters"] for run in runs]) / 1e6
+    searches = {(run["search"]["seconds"], run["search"]["device"]) for run in runs if run["search"]}
+    seconds, devices = zip(*searches) if searches else ([0], [])
+    cost = f"{np.mean(seconds) / 3600:.2f} h, {', '.join(sorted({*devices}))}" if searches else "-"
+    return f"{np.mean(errors):.2f}{deviation} ({every})", f"{parameters:.3f}", cost
+
+
+def published(number, runs):
+    """[(name, numbers ..., our row beside it)] of the paper, for runs on its data set and in its size."""
+    run, spaces = runs[0], {run["search"]["space"] for run in runs if run["search"]}
+    size, whole = (run["layers"], run["init_channels"]), run["limit"] is None
+    if SIZES.get(run["dataset"]) != size or not whole or run["image_size"] not in (None, 32):
+        return []
+    if number == "3" and spaces != {"darts"}:
+        column = 4 * list(SIZES).index(run["dataset"]) + int(spaces.pop()[1]) - 1
+        return [(name, line.split()[column], name) for name, line in TABLE3.items()]
+    rows = {"1": TABLE1.splitlines(), "4": TABLE4}.get(number, [])
+    return [row.split(" | ") for row in rows if run["dataset"] == "cifar10" and spaces <= {"darts"}]
+
+
+def table(number, runs):
+    rows, header = groups(runs, row_name), ["published: error (%)"]
+    if number == "1":
+        header = ["published: params (M)", "error (%)", "cost (GPU days)"]
+        if "VS-DARTS" in rows:
+            rows["VS-DARTS (best)"] = [min(rows["VS-DARTS"], key=lambda run: run["result"]["test_error"])]
+    searches = [f"; searched on {protocol(run['search'])}" for run in runs if run["search"]]
+    print(f"\nRetrained on {protocol(runs[0])}{''.join(searches[:1])}\n")
+    print_row("method", *header, "here: error (%), last epoch", "params (M)", "search")
+    print_row(*["---"] * (len(header) + 4))
+    for name, *numbers, ours in published(number, runs):
+        found = rows.pop(ours, None)
+        print_row(name, *numbers, *(cells(found) if found else "---"))
+    for name, found in rows.items():
+        print_row(name, *["-"] * len(header), *cells(found))
+
+
+def print_row(*row):
+    print("| " + " | ".join(row) + " |", flush=True)
+
+
+def table2():
+    """The published cells: counted here, and in brackets as published."""
+    print_row("cell", "CIFAR-10: parameters", "error (%)", "ImageNet: parameters", "multiply-adds",
+              "top-1 error (%)", "counted as", "source")
+    print_row(*["---"] * 8)
+    for name, cell in PUBLISHED.items():
+        small, large = network(cell.genotype), network(cell.genotype, True, cell.C_imagenet)
+        counted = (count_parameters(small), 0, count_parameters(large), count_macs(large, 224), 0)
+        pairs = zip(counted, (*cell.cifar10, *cell.imagenet))
+        numbers = [f"{here:,} ({there or '-'})" if here else str(there or "-") for here, there in pairs]
+        print_row(name, *numbers, cell.counted_as, cell.source)
+    print("""
+Counted with 20 cells, 36 channels; on ImageNet 14 and 48 (GDAS: 50). Published, in millions, in brackets; as
+conv+fc, as here; thop, with batch norms and average pools; or ptflops, with batch norms, ReLUs and pools.
+R-DARTS, PNAS and VS-DARTS + Proxy are not published as cells.""")
+    print("\n".join(f"- {name}: {cell.note}" for name, cell in PUBLISHED.items() if cell.note))
+
+
+def main(arguments):
+    parser = Parser("experiments.tables", description=__doc__)
+    parser.add_argument("table", choices="1234", help="which table")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of retrain.py, for tables 1, 3 and 4")
+    options = parser.parse_args(arguments)
+    number = options.table
+    if bool(options.runs) == (number == "2"):
+        parser.error("tables 1, 3 and 4 take folders of runs, and table 2 takes none")
+    if number == "2":
+        return table2()
+    runs = [run for run in read_runs(options.runs) if run["search"] or number != "3"]
+    if not runs:
+        raise SystemExit(f"table {number} needs finished retrainings, and table 3 those of searched cells")
+    parts = groups(runs, lambda run: (run["dataset"], run["search"]["space"]) if number == "3" else "")
+    for part in parts.values():
+        same_protocol(part)                                 # before anything is printed
+    for part in parts.values():
+        table(number, part)
+
+
+if __name__ == "__main__":
+    start(main)
