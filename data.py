@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -54,7 +54,10 @@ class Split(NamedTuple):
     spec: Spec
 
     def part(self, start, stop):
-        return self._replace(images=self.images[start:stop], labels=self.labels[start:stop])
+        return self.take(slice(start, stop))
+
+    def take(self, indices):
+        return self._replace(images=self.images[indices], labels=self.labels[indices])
 
     def to(self, device):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
@@ -69,6 +72,8 @@ def load(name, root, train, image_size=None, limit=None):
     """
     spec, limit = DATASETS[name], limit if train else None
     size = image_size or spec.size
+    if name == "imagenet":
+        raise SystemExit("imagenet does not fit in memory: only search.py, proxy.py and retrain.py read it")
     if name == "folder":
         images, labels, classes = load_folder(Path(root), train, size, limit)
     elif name == "digits":
@@ -240,7 +245,7 @@ class Batches:
     """
 
     def __init__(self, split, batch_size, seed=None, cutout=0, train=True, rank=0, world=1):
-        self.split, self.seed, self.cutout, self.train = split, seed, cutout, train
+        self.split, self.seed, self.cutout, self.train, self.rank = split, seed, cutout, train, rank
         self.classes, self.size, self.count = split.classes, split.images.shape[1], len(split.labels)
         self.indices = functools.partial(batch_indices, self.count, batch_size, train, rank=rank, world=world)
         self.steps = len(self.indices(torch.Generator()))
@@ -268,28 +273,43 @@ class Batches:
 
 # ---------------------------------------------------------------- ImageNet
 
-class ImageNet:
-    """ImageNet, or a folder like it, from disk: the transforms in DARTS's train_imagenet.py."""
+def imagenet_folder(args, train, augmented):
+    """The images in train/ or val/ of --data, as DARTS's train_imagenet.py has them to train or to test."""
+    spec, size = DATASETS["imagenet"], args.image_size or DATASETS["imagenet"].size
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.2)
+    crop = ([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), jitter] if augmented else
+            [v2.Resize(size * 8 // 7), v2.CenterCrop(size)])                    # 256 and 224
+    to_floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, True), v2.Normalize(spec.mean, spec.std)]
+    return ImageFolder(Path(args.data), train, v2.Compose([*crop, *to_floats]))
 
-    def __init__(self, args, train, seed, device, rank=0, world=1):
-        spec, self.size = DATASETS["imagenet"], args.image_size or DATASETS["imagenet"].size
-        jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.2)
-        crop = ([v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(), jitter] if train else
-                [v2.Resize(self.size * 8 // 7), v2.CenterCrop(self.size)])          # 256 and 224
-        to_floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, True), v2.Normalize(spec.mean, spec.std)]
-        data = ImageFolder(Path(args.data), train, v2.Compose([*crop, *to_floats]))
-        kept = shuffled(len(data), args.limit if train else None).tolist()
-        self.data, self.classes = Subset(data, kept), tuple(data.classes)
+
+class ImageNet(Batches):
+    """Batches of ImageNet, or of a folder like it, from disk.
+
+    folder, kept: images, and the numbers of those to use; by default --limit of the train or val split.
+    """
+
+    def __init__(self, args, train, seed, device, rank=0, world=1, folder=None, kept=None):
+        self.folder = imagenet_folder(args, train, train) if folder is None else folder
+        self.kept = shuffled(len(self.folder), args.limit if train else None) if kept is None else kept
+        self.classes, self.count = tuple(self.folder.classes), len(self.kept)
+        self.size = args.image_size or DATASETS["imagenet"].size
         self.seed, self.workers, self.device, self.rank = seed, args.workers, device, rank
         share = {"rank": rank, "world": world}
-        self.indices = functools.partial(batch_indices, len(kept), args.batch_size, train, **share)
+        self.indices = functools.partial(batch_indices, self.count, args.batch_size, train, **share)
         self.steps = len(self.indices(torch.Generator()))
 
-    def epoch(self, epoch):
+    def __getitem__(self, key):
+        """For the loader: an image of an epoch. Its random numbers are its own, whatever process reads it."""
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(make_seed(self.seed, "image", epoch, index))
+            return self.folder[self.kept[index].item()]
+
+    def epoch(self, epoch, skip=0):
         order = torch.Generator().manual_seed(make_seed(self.seed, "epoch", epoch))
-        workers = torch.Generator().manual_seed(make_seed(self.seed, "workers", epoch, self.rank))
-        loader = DataLoader(self.data, batch_sampler=[batch.tolist() for batch in self.indices(order)],
-                            num_workers=self.workers, generator=workers,
+        keys = ([(epoch, index) for index in batch.tolist()] for batch in self.indices(order)[skip:])
+        loader = DataLoader(self, batch_sampler=keys, num_workers=self.workers, generator=order,
                             pin_memory=self.device.type == "cuda")
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # the workers keep it blocked: Ctrl-C is
         loader = iter(loader)                                           # for this process, which then ends them

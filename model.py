@@ -78,17 +78,18 @@ class SuperNet(nn.Module):
     """The super-network, (B, 3, H, W) -> logits (B, num_classes); H and W from 8 upwards, odd ones too.
 
     space: {"normal": edges, "reduce": edges}, as for SearchCell; all edges of a cell have as many operations.
-    node_norm: Eq. 3. sqrt_beta: Eq. 6. `weights` are all parameters but the `alphas`.
+    node_norm: Eq. 3. sqrt_beta: Eq. 6. `weights` are all parameters but the `alphas`. imagenet: the two stems
+    of the derived network's ImageNet form, as in model_search_imagenet.py of nabk89/NAS-with-Proxy-data.
     """
     amp = False                                             # True: the loss is in bfloat16 (run.place)
 
     def __init__(self, space, C=16, layers=8, num_classes=10, node_norm=False, sqrt_beta=False,
-                 stem_multiplier=3):
+                 stem_multiplier=3, imagenet=False):
         super().__init__()
         self.space, self.sqrt_beta = space, sqrt_beta
         C_prev_prev = C_prev = stem_multiplier * C
-        self.stem = cifar_stem(C_prev)
-        self.cells, self.cell_types, reduction_prev = nn.ModuleList(), [], False
+        self.stem, self.stem1 = imagenet_stem(C_prev) if imagenet else (cifar_stem(C_prev), nn.Identity())
+        self.cells, self.cell_types, reduction_prev = nn.ModuleList(), [], imagenet
         for layer in range(layers):
             reduction = layer in reductions(layers)
             C = 2 * C if reduction else C
@@ -111,7 +112,8 @@ class SuperNet(nn.Module):
 
     def forward(self, x):
         beta = {cell_type: mixing_weights(alpha, self.sqrt_beta) for cell_type, alpha in self.alphas.items()}
-        s0 = s1 = self.stem(x)
+        s0 = self.stem(x)
+        s1 = self.stem1(s0)
         for cell_type, cell in zip(self.cell_types, self.cells):
             s0, s1 = s1, cell(s0, s1, beta[cell_type])
         return self.classifier(s1.mean((2, 3)))

@@ -12,13 +12,11 @@ b74702f, train_imagenet.py.
 """
 import argparse
 import json
-import os
 import platform
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
@@ -26,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from data import DATASETS, Batches, ImageNet, load
 from genotypes import load_genotype, to_json
 from model import Network, count_macs, count_parameters
-from run import Parser, Run, autocast, device_name, differing, find_device, load_checkpoint, make_seed, \
-    means, metrics, number, parse_flags, place, read_json, reason, save, start, write
+from run import Parser, Run, add_up, autocast, check_processes, device_name, differing, find_device, join, \
+    load_checkpoint, make_seed, means, metrics, number, one_first, parse_flags, place, read_json, reason, \
+    save, share_buffers, start, write
 
 CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36, "lr_scheduler": "cosine",
            "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9, "weight_decay": 3e-4, "grad_clip": 5.0,
@@ -60,14 +59,10 @@ def read_split(args, train, device, rank=0, world=1):
 
 
 def read_data(args, device, rank, world):
-    """(train, test). On each machine one process reads first, as it may download; the others wait."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        dist.barrier()
-    test = read_split(args, False, device, rank, world)     # the smaller one first: its faults show early
-    train = read_split(args, True, device, rank, world)
-    if first and world > 1:
-        dist.barrier()
+    """(train, test)."""
+    with one_first():
+        test = read_split(args, False, device, rank, world)     # the smaller one first: its faults show early
+        train = read_split(args, True, device, rank, world)
     return train, test
 
 
@@ -162,16 +157,10 @@ def train(genotype, args, run, rank, world, read=read_data):
             loss, logits = train_step(model, optimizer, images, labels, args)
             totals = totals + metrics(loss, logits, labels)
         scheduler.step()
-        if world > 1:                                       # rank 0's running statistics are tested and saved
-            dist.all_reduce(totals)
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
-        train_loss, train_acc, _ = means(totals)
+        share_buffers(net)
+        train_loss, train_acc, _ = means(add_up(totals))
         seconds = time.time() - started
-        totals_test = evaluate(net, test)
-        if world > 1:
-            dist.all_reduce(totals_test)
-        test_loss, top1, top5 = means(totals_test)
+        test_loss, top1, top5 = means(add_up(evaluate(net, test)))
         best = min([100 - top1, *(record["test_error"] for record in run.log)])
         record = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
                   "test_loss": test_loss, "test_error": 100 - top1, "test_error_top5": 100 - top5,
@@ -203,19 +192,25 @@ def without_head(state):
     return {name: value for name, value in state.items() if not name.startswith("auxiliary_head")}
 
 
-def evaluate_file(path, args):
-    """Prints the test error of a run's weights.pt or checkpoint.pt."""
-    device, saved = find_device(args.device), load_checkpoint(path)
-    args.auxiliary_weight = 0
+def load_network(path, args, device):
+    """(network, names of its classes) of a run's weights.pt or checkpoint.pt. args: the run's flags."""
+    saved, args.auxiliary_weight = load_checkpoint(path), 0
     try:
         net = make_network(read_genotype(path.parent / "genotype.json"), args, len(saved["classes"]))
         net.load_state_dict(without_head(saved["net"]))
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise SystemExit(f"{path} holds no network of this run ({reason(error)})") from None
+    return place(net, device, args.amp), saved["classes"]
+
+
+def evaluate_file(path, args):
+    """Prints the test error of a run's weights.pt or checkpoint.pt."""
+    device = find_device(args.device)
+    net, classes = load_network(path, args, device)
     test = read_split(args, False, device)
-    if list(test.classes) != saved["classes"]:
-        raise SystemExit(f"{path} and {args.data}: {differing(saved['classes'], test.classes)}")
-    loss, top1, top5 = means(evaluate(place(net, device, args.amp), test))
+    if list(test.classes) != classes:
+        raise SystemExit(f"{path} and {args.data}: {differing(classes, test.classes)}")
+    loss, top1, top5 = means(evaluate(net, test))
     top5 = f" (top-5 {100 - top5:.2f}%)" if len(test.classes) > 5 else ""
     print(f"{path} on {args.dataset}: test error {100 - top1:.2f}%{top5}, loss {loss:.4f}")
 
@@ -316,32 +311,19 @@ def read_genotype(name_or_file):
         raise SystemExit(f"--genotype: {error}") from None
 
 
-def join():
-    """(rank, world) of this process: (0, 1) without torchrun. On each machine one process downloads first."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return rank, world
-
-
 def main(arguments):
     args = parse(arguments)
     if args.evaluate is not None:
         return evaluate_file(Path(args.evaluate), args)
     rank, world = join()
-    if args.batch_size < 2 * world:
-        raise SystemExit(f"--batch_size {args.batch_size} is too small for {world} processes: each needs two")
+    check_processes(args, world)
     if args.resume is None:
         genotype = read_genotype(args.genotype)
-        args.processes, args.search = world, source_of(args, genotype)
+        args.search = source_of(args, genotype)
     else:
         genotype = read_genotype(Path(args.out) / "genotype.json")
-        if args.processes != world:
-            raise SystemExit(f"{args.out} is a run of {args.processes} processes, not {world}: use as many")
     with Run(args, "result.json", main=rank == 0) as run:
         train(genotype, args, run, rank, world)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

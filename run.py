@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 # ---------------------------------------------------------------- flags
@@ -124,6 +125,65 @@ def means(totals):
     """Mean loss, and top-1 and top-5 accuracy in percent, of summed metrics(). Waits for the device."""
     loss, top1, top5, images = totals.tolist()
     return loss / images, 100 * top1 / images, 100 * top5 / images
+
+
+# ---------------------------------------------------------------- several processes, by torchrun
+
+def join():
+    """(rank, world): this process's number, and how many there are. (0, 1) without torchrun."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return rank, world
+
+
+def check_processes(args, world):
+    """Notes the number of processes among a new run's flags. A resumed run has as many as it began with."""
+    if args.batch_size < 2 * world:
+        raise SystemExit(f"--batch_size {args.batch_size} is too small for {world} processes: each needs two")
+    if args.resume is None:
+        args.processes = world
+    elif args.processes != world:
+        raise SystemExit(f"{args.out} is a run of {args.processes} processes, not {world}: use as many")
+
+
+@contextlib.contextmanager
+def one_first():
+    """On each machine one process goes first, as it may download data; the others wait."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        dist.barrier()
+    yield
+    if first and dist.is_initialized():
+        dist.barrier()
+
+
+def add_up(totals):
+    """The sum of all processes' `totals`, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return totals
+
+
+def average_gradients(params):
+    """Replaces gradients by their mean over all processes, in one all-reduce of all of them.
+
+    DistributedDataParallel would do so by hooks, for one fixed set of parameters; a search has two, in turn.
+    """
+    if dist.is_initialized():
+        gradients = [p.grad for p in params if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def share_buffers(net):
+    """Gives all processes the first one's running statistics, which are tested and saved."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
 
 
 # ---------------------------------------------------------------- files
@@ -255,6 +315,8 @@ def start(main):
     """Runs main(arguments). Ctrl-C ends it in one line, and by the signal itself, as shells' loops expect."""
     try:
         main(sys.argv[1:])
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
             print(*error.args or ["interrupted"], file=sys.stderr)

@@ -2,26 +2,31 @@
 
     python search.py --node_norm --larc --sqrt_beta                    the paper's: CIFAR-10, one CUDA GPU
     python search.py --node_norm --larc --sqrt_beta --dataset digits   a small one: no GPU, no download
+    python search.py --dataset imagenet --data DIR --proxy FILE ...    ImageNet's proxy data, see proxy.py
+    torchrun --nproc_per_node=4 search.py ...                          several GPUs, or several machines
 
 Without the three switches it is DARTS (first order) with the paper's larger weight decay, as in Table 4.
+Under torchrun --batch_size is that of all processes together; batch norm and node normalization see their own
+process's images only, as with DataParallel in every published code.
 Whatever the paper leaves to DARTS follows quark0/darts, cnn/train_search.py and cnn/architect.py at f276dd3.
 """
 import json
-import os
 import shlex
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data import DATASETS, Batches, load
+from data import DATASETS, Batches, ImageNet, imagenet_folder, load
 from genotypes import SPACES, Genotype, darts_notation, describe, to_json
 from larc import LARC
 from model import SuperNet
-from run import Parser, Run, autocast, device_name, find_device, make_seed, means, metrics, number, \
-    parse_flags, place, save, start, write
+from proxy import read_proxy
+from run import Parser, Run, add_up, autocast, average_gradients, check_processes, device_name, find_device, \
+    join, make_seed, means, metrics, number, one_first, parse_flags, place, save, share_buffers, start, write
 
 
 # ---------------------------------------------------------------- derivation (section 2.2)
@@ -57,6 +62,7 @@ def alpha_step(net, optimizer, images, labels):
     loss, logits = loss_of(net, images, labels)
     optimizer.zero_grad()
     loss.backward(inputs=list(net.alphas.values()))
+    average_gradients(net.alphas.values())                  # under torchrun
     optimizer.step()
     return loss, logits
 
@@ -66,6 +72,7 @@ def weight_step(net, optimizer, images, labels, grad_clip):
     loss, logits = loss_of(net, images, labels)
     optimizer.zero_grad()
     loss.backward(inputs=net.weights)
+    average_gradients(net.weights)
     torch.nn.utils.clip_grad_norm_(net.weights, grad_clip)
     optimizer.step()
     return loss, logits
@@ -80,25 +87,39 @@ Parts = namedtuple("Parts", ["args", "net", "w_optimizer", "alpha_optimizer", "s
 
 def make_parts(args):
     device = find_device(args.device)
-    w_half, alpha_half = read_halves(args, device)
+    w_batches, alpha_batches, validation = make_batches(args, device)
     torch.manual_seed(args.seed)
-    net = place(make_net(args, len(w_half.classes)), device, args.amp)
-    return Parts(args, net, *make_optimizers(net, args),
-                 w_batches=Batches(w_half, args.batch_size, make_seed(args.seed, "w")),
-                 alpha_batches=Batches(alpha_half, args.batch_size, make_seed(args.seed, "alpha")),
-                 validation=Batches(alpha_half, args.batch_size, make_seed(args.seed, "validation")))
+    net = place(make_net(args, len(w_batches.classes)), device, args.amp)
+    return Parts(args, net, *make_optimizers(net, args), w_batches, alpha_batches, validation)
+
+
+def make_batches(args, device):
+    """Batches for w, for alpha and for the validation; under torchrun this process's share of them."""
+    seeds = [make_seed(args.seed, purpose) for purpose in ("w", "alpha", "validation")]
+    rank, world = join()
+    with one_first():
+        if args.dataset == "imagenet":
+            folder = imagenet_folder(args, True, augmented=True)
+            w, alpha = read_proxy(args, len(folder))
+            return [ImageNet(args, True, seed, device, rank, world, folder, half)
+                    for seed, half in zip(seeds, (w, alpha, alpha))]
+        w, alpha = read_halves(args, device)
+    return [Batches(half, args.batch_size, seed, rank=rank, world=world)
+            for seed, half in zip(seeds, (w, alpha, alpha))]
 
 
 def read_halves(args, device):
     """The training split's first part, for w, and the rest, for alpha. The test split is never read."""
     split = load(args.dataset, args.data, True, args.image_size, args.limit).to(device)
+    if vars(args).get("proxy") is not None:                 # not a flag of older runs
+        return [split.take(half) for half in read_proxy(args, len(split.labels))]
     cut = int(args.train_portion * len(split.labels))
     return split.part(0, cut), split.part(cut, None)
 
 
 def make_net(args, num_classes):
     return SuperNet(SPACES[args.space], args.init_channels, args.layers, num_classes, args.node_norm,
-                    args.sqrt_beta, args.stem_multiplier)
+                    args.sqrt_beta, args.stem_multiplier, args.dataset == "imagenet")
 
 
 def make_optimizers(net, args):
@@ -123,7 +144,8 @@ def search(args, run):
     for epoch in range(run.epoch, args.epochs):
         record = train_epoch(parts, epoch)                  # alpha step, weight step, over and over (Eq. 2)
         end_epoch(parts, run, record)                       # validate, log, save a checkpoint
-    finish(run, derive(parts.net.space, parts.net.betas()), sum(record["seconds"] for record in run.log))
+    if run.main:
+        finish(run, derive(parts.net.space, parts.net.betas()), sum(record["seconds"] for record in run.log))
 
 
 def begin(parts, run):
@@ -132,7 +154,9 @@ def begin(parts, run):
     run.begin(states, parts.w_batches.classes)
     run.say(f"{args.dataset}: {parts.w_batches.count} images for w, {parts.alpha_batches.count} for alpha; "
             f"{sum(p.numel() for p in net.weights):,} weights; {find_device(args.device)}; {run.folder}")
-    if args.keep_nets and run.epoch == 0:
+    if run.main and args.proxy is not None and args.resume is None:
+        write(run.folder / "proxy.json", Path(args.proxy).read_bytes())
+    if run.main and args.keep_nets and run.epoch == 0:
         save(net.state_dict(), run.folder / "net-0.pt")
 
 
@@ -144,14 +168,15 @@ def train_epoch(parts, epoch, take_alpha_step=first_order):
     """One pass over the half for w. Returns what to log about it."""
     args, net, totals = parts.args, parts.net, 0
     started, lr = time.time(), parts.w_optimizer.param_groups[0]["lr"]
-    torch.manual_seed(make_seed(args.seed, "noise", epoch))  # S4's: a function of seed and epoch alone
+    torch.manual_seed(make_seed(args.seed, "noise", epoch, parts.w_batches.rank))           # S4's
     net.train()
     alpha_batches = parts.alpha_batches.stream(epoch * parts.w_batches.steps)
     for w_batch, alpha_batch in zip(parts.w_batches.epoch(epoch), alpha_batches):
         take_alpha_step(parts, alpha_batch, w_batch)
         loss, logits = weight_step(net, parts.w_optimizer, *w_batch, args.grad_clip)
         totals = totals + metrics(loss, logits, w_batch[1])  # on the device: no step waits for it
-    train_loss, train_acc, _ = means(totals)
+    share_buffers(net)
+    train_loss, train_acc, _ = means(add_up(totals))
     parts.scheduler.step()
     seconds = time.time() - started
     return {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc, "seconds": seconds,
@@ -161,14 +186,14 @@ def train_epoch(parts, epoch, take_alpha_step=first_order):
 def end_epoch(parts, run, record):
     """Validates, and logs and keeps what the epoch has led to."""
     started, net, space, betas = time.time(), parts.net, parts.net.space, parts.net.betas()
-    valid_loss, valid_acc, _ = means(evaluate(net, parts.validation, record["epoch"]))
+    valid_loss, valid_acc, _ = means(add_up(evaluate(net, parts.validation, record["epoch"])))
     record |= {"valid_loss": valid_loss, "valid_acc": valid_acc,
                "beta_none": mean_beta(space, betas, "none"),
                "beta_skip": mean_beta(space, betas, "skip_connect"),
                "genotype": derive(space, betas)._asdict(),
                "alphas": {cell: alpha.tolist() for cell, alpha in net.alphas.items()}}
     record["seconds"] += time.time() - started
-    if parts.args.keep_nets:                                # before the checkpoint: a resumed run lacks none
+    if run.main and parts.args.keep_nets:                   # before the checkpoint: a resumed run lacks none
         save(net.state_dict(), run.folder / f"net-{record['epoch'] + 1}.pt")
     run.end_epoch(record)
     run.say(epoch_line(record))
@@ -254,16 +279,17 @@ def make_parser(program="search.py", description=__doc__):
         help="channels of the stem, in units of --init_channels; the release has 1")
 
     add = parser.add_argument_group("the data").add_argument
-    add("--dataset", default="cifar10", choices=[name for name in DATASETS if name != "imagenet"],
-        help="section 5.1: cifar10")
-    add("--data", default="data", help="folder of the data sets")
+    add("--dataset", default="cifar10", choices=DATASETS, help="section 5.1: cifar10; Table 2: imagenet")
+    add("--data", default="data", help="folder of the data sets; for imagenet and folder, of train/")
+    add("--proxy", metavar="FILE", help="search on the images in a file of proxy.py, and on its two halves")
     add("--image_size", type=number(int, 8, 512),
-        help="side to which images are resized, in pixels (default: as they are; 32 for --dataset folder)")
+        help="side to which images are resized (default: as they are; 32 for folder, 224 for imagenet)")
     add("--limit", type=number(int, 4), help="use the first LIMIT training images only")
 
     add = parser.add_argument_group("the run").add_argument
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
     add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
+    add("--workers", type=number(int, 0), default=4, help="processes that read each half of ImageNet")
     add("--keep_nets", action="store_true", help="keep the super-network of every epoch, for the figures")
     add("--out", help="run folder (default: in runs/, named after all flags that are not at their defaults)")
     add("--resume", metavar="FOLDER", help="continue an interrupted run, with its settings")
@@ -275,8 +301,11 @@ def parse(arguments, parser=None, method=None):
     parser = parser or make_parser()
     args = parse_flags(parser, arguments)
     args.out = args.out or f"runs/{folder_name(args, parser, method)}"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SystemExit(f"{parser.prog} runs in one process: start it without torchrun")
+    if args.dataset == "imagenet" and args.proxy is None:
+        raise SystemExit("--dataset imagenet needs --proxy FILE, as all its images would take weeks: make it "
+                         "by `python proxy.py --dataset imagenet --data DIR --out FILE`")
+    if args.proxy is not None and (args.limit, args.train_portion) != (None, 0.5):
+        raise SystemExit("--proxy says which images train w and alpha: leave out --limit and --train_portion")
     if args.learning_rate_min > args.learning_rate:
         raise SystemExit(f"--learning_rate {args.learning_rate} is below its end, {args.learning_rate_min}")
     if args.sqrt_beta and not args.node_norm:
@@ -289,15 +318,16 @@ def folder_name(args, parser, method):
     """Data set, space, method, the flags that are not at their defaults, seed: every setting has its own."""
     switches = [flag for flag in ("node_norm", "larc", "sqrt_beta") if getattr(args, flag)]
     name = "+".join([method, *switches] if method else switches) or "darts_l2"
-    elsewhere = {*switches, "dataset", "space", "seed", "data", "device", "out", "resume"}
-    others = [f"{flag}={value}" for flag, value in vars(args).items()
+    elsewhere = {*switches, "dataset", "space", "seed", "data", "device", "workers", "out", "resume"}
+    others = [f"{flag}={value}".replace("/", "-") for flag, value in vars(args).items()
               if flag not in elsewhere and value != parser.get_default(flag)]
     return "-".join([args.dataset, args.space, name, *others, str(args.seed)])
 
 
 def main(arguments):
-    args = parse(arguments)
-    with Run(args, "genotype.json") as run:
+    args, (rank, world) = parse(arguments), join()
+    check_processes(args, world)
+    with Run(args, "genotype.json", main=rank == 0) as run:
         search(args, run)
 
 

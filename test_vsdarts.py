@@ -35,11 +35,12 @@ from torchvision.transforms import v2
 
 import data
 import genotypes
+import proxy
 import retrain
 import run
 import search
 from genotypes import DARTS_PRIMITIVES, EDGES, PUBLISHED, SPACES, Genotype, from_text, load_genotype, to_json
-from larc import LARC
+from larc import LARC, local_factors
 from model import (OPS, AuxiliaryHead, Cell, DilatedConv, MixedOp, Network, SearchCell, SuperNet, count_macs,
                    count_parameters, mixing_weights)
 from run import make_seed
@@ -218,20 +219,20 @@ def test_supernet_equals_slow_darts(float64, node_norm, sqrt_beta, space, size, 
     assert_equals_oracle(net, slow_supernet, SPACES[space], 4, node_norm, sqrt_beta, images)
 
 
-@pytest.mark.parametrize("imagenet, size", [(False, 32), (True, 224)])
-def test_derived_network_equals_slow_darts(float64, imagenet, size):
+@pytest.mark.parametrize("imagenet, size, layers", [(False, 32, 4), (True, 224, 3)])
+def test_derived_network_equals_slow_darts(float64, imagenet, size, layers):
     torch.manual_seed(0)
     genotype = PUBLISHED["VS_DARTS_2nd"].genotype           # skips, pools, both convolutions, all strided too
-    net = run.place(Network(genotype, 4, 4, 5, auxiliary=True, imagenet=imagenet), CPU)
+    net = run.place(Network(genotype, 4, layers, 5, auxiliary=True, imagenet=imagenet), CPU)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):              # fresh ones are 1 and 0
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
     images = torch.randn(2, 3, size, size)
-    assert_equals_oracle(net, slow_network, genotype, 4, imagenet, images)
+    assert_equals_oracle(net, slow_network, genotype, layers, imagenet, images)
     head = sum(p.numel() for p in AuxiliaryHead(576, 10, imagenet).parameters())
     assert head == (474890 if imagenet else 476426)
-    assert count_parameters(net) == count_parameters(Network(genotype, 4, 4, 5, imagenet=imagenet))
+    assert count_parameters(net) == count_parameters(Network(genotype, 4, layers, 5, imagenet=imagenet))
     assert net.eval()(images)[1] is None                    # the head is for training only
 
 
@@ -279,9 +280,8 @@ def test_variance_of_the_mixture_is_that_of_equations_4_to_6(float64):
             squares = (weights ** 2 * covariance.diag()).sum()
             C = sum(weights[i] * weights[j] * covariance[i, j] for i in range(4) for j in range(4) if i != j)
             assert_near(mixed(x, weights).var(unbiased=False), squares + C)             # Eq. 4
-            expected = 1 if sqrt_beta else weights.square().sum().item()
-            assert squares.item() == pytest.approx(expected, rel=1e-3)                  # Eq. 5; Eq. 6: 1
-            assert abs(C) < 0.15
+            expected = 1 if sqrt_beta else weights.square().sum().item()                # Eq. 6; Eq. 5
+            assert squares.item() == pytest.approx(expected, rel=1e-3) and abs(C) < 0.15
     with pytest.raises(ValueError):
         mixed(x, mixing_weights(torch.zeros(5)))            # a beta too many
 
@@ -783,14 +783,14 @@ def test_imagenet_goes_through_the_transforms_of_darts(train):
     make_folder("images", (300, 260), count=1)
     folder = Path("images", "train" if train else "val")
     pictures = [Image.open(folder / name / "0.png") for name in ("dark", "light")]
-    torch.manual_seed(0)
     (images, labels), = imagenet(train, image_size=None).epoch(0)
     jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
     steps = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), jitter]
     transform = v2.Compose(steps if train else [v2.Resize(256), v2.CenterCrop(224)])
     mean, std = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])
-    torch.manual_seed(0)
+    order = data.shuffled(2, None).tolist()
     for image, label in zip(images, labels):
+        torch.manual_seed(run.make_seed(0, "image", 0, order.index(label)))
         expected = (np.array(transform(pictures[label])) / 255 - mean) / std
         assert np.allclose(image.permute(1, 2, 0), expected, atol=1e-5)
 
@@ -911,9 +911,8 @@ def kill_after_an_epoch(process, folder, number=signal.SIGKILL):
 IMAGENET = [*TINY, "--genotype=VS_DARTS", "--epochs=4", "--dataset=imagenet", "--image_size=32",
             "--workers=1", "--batch_size=8", "--drop_path_prob=0.2"]
 RUNS = {  # name: program, its result, flags. S4 draws noise; the halves are unequal
-    "search": (search, "genotype.json", [
-        *TINY, "--space=s4", "--node_norm", "--larc", "--sqrt_beta", "--epochs=4", "--batch_size=64",
-        "--train_portion=0.4", "--keep_nets"]),
+    "search": (search, "genotype.json", TINY + "--space=s4 --node_norm --larc --sqrt_beta --epochs=4 "
+               "--batch_size=64 --train_portion=0.4 --keep_nets".split()),
     "retraining": (retrain, "result.json", [*TINY, "--genotype=VS_DARTS", "--epochs=4", "--batch_size=96"]),
     "imagenet": (retrain, "result.json", IMAGENET), "two processes": (retrain, "result.json", IMAGENET)}
 both_programs = pytest.mark.parametrize("name", ["search", "retraining"])
@@ -950,8 +949,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, whole, name, number):
     _, errors, status = kill_after_an_epoch(process, "run", number)
     if number == signal.SIGINT:                             # as Ctrl-C, to the readers of images too
         epoch = torch.load("run/checkpoint.pt")["epoch"] - 1
-        assert re.fullmatch(f".*--resume {tmp_path / 'run'} .*epoch {epoch}\n", errors), errors
-        assert status == -number
+        line = f".*--resume {tmp_path / 'run'} .*epoch {epoch}\n"
+        assert status == -number and re.fullmatch(line, errors), errors
     assert not Path("run", result).exists()
     with open("run/log.jsonl", "a") as file:                # as if stopped between log and checkpoint
         file.write('{"epoch": 99}\n')
@@ -996,7 +995,6 @@ def test_a_search_leaves_what_it_found_and_a_retraining_keeps_where_its_cell_is_
     assert genotype == brute_derive(SPACES["s4"], net.betas())                          # of the last alphas
     assert record["genotype"] == json.loads(to_json(genotype))
     assert torch.serialization.get_unsafe_globals_in_checkpoint(f"{out}/checkpoint.pt") == []
-
     monkeypatch.setattr(retrain, "train", lambda genotype, args, run, *place: run.begin({}, ()))
     source = json.loads(Path("found/search.json").read_text())
     assert source["space"] == "s4" and source["seconds"] > 0
@@ -1042,6 +1040,7 @@ def test_default_folders_differ_in_every_setting():
             if action.dest not in ("help", "data", "device", "workers", "out", "resume", "evaluate"):
                 names.append(module.parse([*base, f"--{action.dest}", *value]).out)
         assert len(set(names)) == len(names) > 20, sorted(names)
+        assert "(default: " in module.make_parser().format_help()
 
 
 def test_files_are_never_half_written_and_of_two_starts_one_is_refused(monkeypatch):
@@ -1193,58 +1192,206 @@ def test_tf32_and_bfloat16_come_with_amp_alone(main, flag):
     assert lines_of("True") != lines_of("False")            # in bfloat16
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- proxy data, the search on ImageNet and in several processes
 
-def test_readme_commands_are_ones_the_programs_take(monkeypatch):
-    def parse_args(parser, arguments=None, namespace=None, real=argparse.ArgumentParser.parse_args):
-        real(parser, arguments, namespace)
-        raise InterruptedError                              # the program has taken its arguments
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    text, seen = README + "".join(path.read_text() for path in HERE.glob("experiments/README.md")), set()
-    lines = "\n".join(map("".join, re.findall(r"```bash\n(.*?)```|`(python [^`\n]+)`", text, re.S)))
-    for module, arguments in re.findall(r"^(?:python|torchrun \S+) (?:-m )?([\w.]+)(.*)", lines, re.M):
-        module = module.removesuffix(".py")
-        if (HERE / f"{module.replace('.', '/')}.py").exists():
-            with pytest.raises(InterruptedError):
-                importlib.import_module(module).main(shlex.split(arguments, comments=True))
-            seen.add(module)
-    assert seen >= {"search", "retrain", "genotypes"}
+PUBLISHED_COUNTS = """1 0 0 0 0 0 1 3 3 4 6 15 11 27 40 62 131 168 288 373 495 602 874 1057 1332 1674 1940 2260 2468
+    2655 2831 3088 2989 3276 3408 3439 3442 3239 2892 2329 1600 949 28""".split()
+DIGITS = "--dataset digits --device cpu --layers 3 --init_channels 2 --epochs 1".split()
+TOGETHER = [*DIGITS, *"--epochs 3 --space s4 --node_norm --larc --sqrt_beta --batch_size 128".split()]
 
 
-def test_readme_python_blocks_run(whole):
-    folder = re.search(r'folder = "(.*?)"', README)[1]
-    shutil.copytree(whole("retraining"), folder)
-    names = {}
-    for block in re.findall(r"(?<!<!-- recipe -->\n)```python\n(.*?)```", README, re.S):
-        exec(block.replace("C=16, layers=8", "C=2, layers=3"), names)
-    assert names["x_j"].shape == (8, 16, 32, 32) and names["logits"].shape == (5, 10)
+def plain(value):                                           # lists for tensors, so that == compares a state
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    return value.tolist() if torch.is_tensor(value) else value
 
 
-def test_readme_try_it_runs_but_for_fewer_epochs(capsys):
-    block = re.search(r"<!-- try -->\n```bash\n(.*?)```", README, re.S)[1]
-    first, *commands = re.sub(r"epochs([ =])\d+", r"epochs\g<1>1", block).splitlines()
-    assert "requirements.txt" in first and "python -m pytest" in README.partition("<!-- tests -->")[2]
-    for command in commands:
-        _, script, *arguments = shlex.split(command)
-        assert script == "search.py" or command in capsys.readouterr().out              # of the search
-        {"search.py": search, "retrain.py": retrain}[script].main([*arguments, "--epochs=1"])
-    assert "test error" in capsys.readouterr().out.splitlines()[-1]
+def contents(folder):
+    records = [json.loads(line) | {"seconds": 0, "images/s": 0} for line in open(folder / "log.jsonl")]
+    return records, plain(torch.load(folder / "checkpoint.pt")), (folder / "genotype.json").read_text()
 
 
-def test_readme_map_is_true_and_networks_need_torch_alone():
-    tests = "".join(path.read_text() for path in [Path(__file__), *HERE.glob("experiments/test_*.py")])
-    rows = re.search(r"\| paper \| code \| test \|\n.*?\n\n", README, re.S)[0].strip().splitlines()[2:]
-    assert len(rows) > 8
-    for _, code, test in [row[1:-1].split("|") for row in rows]:
-        assert all(f"\ndef {name}(" in tests for name in re.findall(r"`(test_\w+)`", test)), test
-        for quoted in re.findall(r"`([^`]+)`", code):
-            file, _, name = quoted.rpartition(": ")
-            path = HERE / (file or path)
-            assert re.search(rf"^(def |class )?{name}\b", path.read_text(), re.M), quoted
-    for file in ("model.py", "larc.py"):
-        assert set(re.findall(r"^(?:import|from) (\w+)", (HERE / file).read_text(), re.M)) == {"torch"}
+def test_entropy_is_that_of_the_softmax():
+    logits = torch.tensor([[0.0, 0, 0], [1, 2, 3], [0, 60, 0], [2000, 0, 0]])
+    batches = SimpleNamespace(steps=2, epoch=lambda epoch: [(part, None) for part in logits.split(3)])
+    for row, value in zip(logits.tolist(), proxy.entropies(torch.clone, batches).tolist(), strict=True):
+        p = [math.exp(x - max(row)) / sum(math.exp(y - max(row)) for y in row) for x in row]
+        assert value == pytest.approx(-sum(q * math.log(q) for q in p if q > 0), rel=1e-9)
 
 
-if __name__ == "__main__":                                  # retrain.py in float64, for two processes
-    make_float64(pytest.MonkeyPatch())
-    retrain.main(sys.argv[1:])
+def test_histogram_equals_a_slow_one_and_takes_zeros_and_edges():
+    entropy = 10 ** np.random.default_rng(0).uniform(-3.3, 0.1, 500)
+    for width in (0.5, 0.25, 0.2):
+        edges, bins = proxy.histogram(entropy, width)
+        assert np.diff(edges) == pytest.approx(width)
+        assert edges[1] > math.log10(entropy.min()) and edges[-2] < math.log10(entropy.max())
+        assert all(edges[k] < math.log10(value) < edges[k + 1] for value, k in zip(entropy, bins))
+    edges, bins = proxy.histogram(np.array([0, 1e-2, 0.02, 0.1, 0.5, 1]), 0.5)
+    assert edges.tolist() == [-2, -1.5, -1, -0.5, 0] and bins.tolist() == [0, 0, 0, 2, 3, 3]
+    assert [part.tolist() for part in proxy.histogram(np.ones(3), 0.5)] == [[0, 0.5], [0, 0, 0]]
+
+
+def test_the_published_histogram_and_the_weights_of_its_bins():
+    counts = np.array(PUBLISHED_COUNTS, int)                       # CIFAR-10's; 38 bins have images
+    edges, bins = proxy.histogram(10 ** np.repeat(-20.75 + 0.5 * np.arange(43), counts), 0.5)
+    assert edges == pytest.approx(-21 + 0.5 * np.arange(44)) and (np.bincount(bins) == counts).all()
+    closed = {"p1": lambda n: (3443 - n) / (38 * 3443 - 50000), "p2": lambda n: 1 / 38,
+              "p3": lambda n: 1 / n / sum(1 / m for m in counts if m), "random": lambda n: n / 50000}
+    for scheme, weight in closed.items():
+        weights = proxy.bin_weights(counts, scheme)
+        assert weights.sum() == pytest.approx(1)
+        assert weights.tolist() == pytest.approx([weight(n) if n else 0 for n in counts], rel=1e-9)
+
+
+@pytest.mark.parametrize("scheme, p", [
+    ("p1", [1 / 2, 3 / 16, 3 / 16, *[1 / 32] * 4]), ("p2", [1 / 3, 1 / 6, 1 / 6, *[1 / 12] * 4]),
+    ("p3", [4 / 7, 1 / 7, 1 / 7, *[1 / 28] * 4]), ("random", [1 / 7] * 7)])
+def test_images_are_drawn_without_replacement_as_often_as_their_bins_say(scheme, p):
+    pairs = np.array([proxy.draw(np.array([0, 1, 1, 3, 3, 3, 3]), scheme, 2, seed) for seed in range(3000)])
+    assert (pairs[:, 0] != pairs[:, 1]).all()               # and both halves are alike:
+    for i in range(7):
+        second = sum(p[j] * p[i] / (1 - p[j]) for j in range(7) if j != i)
+        assert (pairs == i).mean(0) == pytest.approx([(p[i] + second) / 2] * 2, abs=0.03)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("proxy")
+    retrain.main([*DIGITS, "--genotype=VS_DARTS", f"--out={folder}/classifier"])
+    proxy.main(["--dataset=digits", f"--classifier={folder}/classifier/weights.pt", "--fraction=0.25",
+                f"--out={folder}/proxy.json"])
+    return folder
+
+
+def test_the_file_says_what_was_drawn_and_from_what(made, capsys):
+    path, held = made / "classifier/weights.pt", json.loads((made / "proxy.json").read_text())
+    drawn = held["w"] + held["alpha"]
+    assert (len(held["w"]), len(held["alpha"]), len(set(drawn)), held["images"]) == (179, 180, 359, 1437)
+    assert held["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    net, _ = retrain.load_network(path, retrain.parse([f"--evaluate={path}"]), torch.device("cpu"))
+    split = data.load("digits", "data", True)
+    p = net.eval()(data.normalize(split.images, split.spec))[0].double().softmax(1)
+    entropy = -(p * p.log()).sum(1).detach().numpy()
+    assert [held["mean"], held["max"]] == pytest.approx([entropy.mean(), entropy.max()], rel=1e-5)
+    assert held["counts"] == np.histogram(np.log10(entropy), held["bins"])[0].tolist()
+    assert held["chosen"] == np.histogram(np.log10(entropy[drawn]), held["bins"])[0].tolist()
+    proxy.main([f"--show={made}/proxy.json"])
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [(int(row[3]), int(row[5])) for row in rows] == list(zip(held["counts"], held["chosen"]))
+    with pytest.raises(SystemExit, match="is there already"):
+        proxy.main(["--dataset=digits", f"--classifier={path}", f"--out={made}/proxy.json"])
+
+
+def test_a_search_sees_the_two_halves_and_keeps_them(made, tmp_path):
+    held, split = json.loads((made / "proxy.json").read_text()), data.load("digits", "data", True)
+    (tmp_path / "copy.json").write_text(json.dumps(held))
+    flags = [*DIGITS, "--space=s2", f"--proxy={tmp_path}/copy.json", f"--out={tmp_path}/run"]
+    parts = search.make_parts(search.parse(flags))
+    for half, batches in zip(("w", "alpha", "alpha"), parts[-3:]):
+        assert all(map(torch.equal, batches.split[:2], split.take(held[half])[:2]))
+    search.main(flags)
+    (tmp_path / "run/genotype.json").rename(tmp_path / "copy.json")
+    search.main([f"--resume={tmp_path}/run"])               # by its own copy
+
+
+@pytest.mark.parametrize("change, flag, said", [
+    ({"dataset": "svhn"}, "", "1437 images of svhn"), ({"images": 1436}, "", "1436 images of digits"),
+    ({"w": [3, 4, 4]}, "", "an image twice"), ({"w": [2, 1437]}, "", "one that is not there"),
+    ({"w": [-1, 2]}, "", "one that is not there"), ({"program": "search.py"}, "", "no file of proxy.py"),
+    ({}, "--limit=9", "leave out"), ({}, "--train_portion=0.4", "leave out"), ({}, "--proxy=p", "p cannot")])
+def test_what_does_not_fit_is_refused_and_no_folder_taken(made, tmp_path, change, flag, said):
+    (tmp_path / "p.json").write_text(json.dumps(json.loads((made / "proxy.json").read_text()) | change))
+    with pytest.raises(SystemExit, match=said):
+        search.main([*DIGITS, f"--proxy={tmp_path}/p.json", f"--out={tmp_path}/run", *flag.split()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_super_network_for_imagenet_is_that_of_the_source():
+    with torch.device("meta"):
+        net = search.SuperNet(search.SPACES["darts"], 16, 8, 1000, imagenet=True)
+        images = torch.zeros(2, 3, 224, 224)
+        s0, logits = net.stem(images), net(images)
+        assert (s0.shape, net.stem1(s0).shape, logits.shape) == ((2, 48, 56, 56), (2, 48, 28, 28), (2, 1000))
+    assert net.stem[0].weight.shape == (24, 3, 3, 3) and sum(w.numel() for w in net.weights) == 2_215_648
+    with pytest.raises(SystemExit, match="python proxy.py --dataset imagenet"):
+        search.main(["--dataset=imagenet"])
+
+
+def test_a_killed_imagenet_search_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for k, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (20, 20, 24, 3), np.uint8)):
+        (folder := Path(f"data/train/{k % 2}")).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    held = {"program": "proxy.py", "dataset": "imagenet", "images": 20, "w": [*range(8)]}
+    Path("p").write_text(json.dumps(held | {"alpha": [*range(9, 20)]}))                 # a batch more than w
+    flags = "--dataset imagenet --proxy p --image_size 16 --space s4 --batch_size 3 --epochs 2".split()
+    search.main([*DIGITS, *flags, "--workers=0", "--out=whole"])
+    parts = search.make_parts(args := search.parse([*flags, "--workers=2"]))
+    assert len(parts.net.stem1) == 3 and not torch.equal(parts.w_batches[0, 5][0], parts.w_batches[1, 5][0])
+    batches = [images for (images, _), _ in zip(parts.alpha_batches.stream(0), range(5))]
+    assert torch.equal(batches[3], next(parts.alpha_batches.stream(3))[0])
+    images = torch.cat([images for images, _ in proxy.read_images(args, torch.device("cpu")).epoch(0)])
+    assert torch.equal(images, torch.stack([image for image, _ in data.imagenet_folder(args, True, False)]))
+    def end_epoch_and_die(self, record, end_epoch=run.Run.end_epoch):
+        end_epoch(self, record)
+        raise KeyboardInterrupt
+    for workers in "02":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run.Run, "end_epoch", end_epoch_and_die)
+            search.main([*DIGITS, *flags, f"--workers={workers}", f"--out={workers}"])
+        search.main([f"--resume={workers}"])
+        assert contents(Path(workers)) == contents(Path("whole"))
+
+
+def gradients(rank, world):
+    """After a step of alpha's and one of w's, clipped; in eval mode, where batch norm sees no batch."""
+    torch.manual_seed(0)
+    net = search.SuperNet(search.SPACES["s2"], 4, 3, 10, node_norm=True, sqrt_beta=True).eval()
+    batch = next(data.Batches(data.load("digits", "", True), 24, 0, rank=rank, world=world).epoch(0))
+    search.alpha_step(net, torch.optim.SGD(net.alphas.values(), 0.0), *batch)
+    alpha_gradients = [alpha.grad.clone() for alpha in net.alphas.values()]
+    search.weight_step(net, torch.optim.SGD(net.weights, 0.0), *batch, grad_clip=0.1)
+    return alpha_gradients + [w.grad for w in net.weights]
+
+
+def one_of_two(folder):
+    """What torchrun starts: those two steps, the states after every step of an epoch, and a whole search."""
+    rank, world = run.join()
+    found, states, parts = gradients(rank, world), [], search.make_parts(search.parse(TOGETHER))
+    for w_batch, alpha_batch in zip(parts.w_batches.epoch(0), parts.alpha_batches.stream(0)):
+        search.alpha_step(parts.net, parts.alpha_optimizer, *alpha_batch)
+        search.weight_step(parts.net, parts.w_optimizer, *w_batch, grad_clip=5)
+        optimizers = parts.w_optimizer.state_dict()["state"], parts.alpha_optimizer.state_dict()["state"]
+        states.append([plain(part) for part in (dict(parts.net.named_parameters()), *optimizers)])
+    search.epoch_line = lambda record: states.append([record["train_loss"], record["valid_loss"]])
+    search.main([*TOGETHER, f"--out={folder}/whole"])
+    torch.save({"gradients": found, "states": states, "noise": torch.initial_seed()}, f"{folder}/{rank}.pt")
+
+
+def test_two_processes_equal_one_stay_equal_and_go_on_after_a_kill(tmp_path):
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
+    subprocess.run([*torchrun, __file__, "one_of_two", tmp_path], check=True)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    torch.testing.assert_close(first["gradients"], gradients(0, 1), rtol=1e-4, atol=1e-8)
+    assert len(first["states"]) == 6 + 3 and first["states"] == second["states"]
+    assert first["noise"] != second["noise"]
+    started = subprocess.Popen([*torchrun, search.__file__, *TOGETHER, f"--out={tmp_path}/run"])
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text()
+    for process in (*children.split(), started.pid):
+        os.kill(int(process), 9)
+    with pytest.raises(SystemExit, match="a run of 2 processes, not 1"):
+        search.main([f"--resume={tmp_path}/run"])
+    said = subprocess.check_output([*torchrun, search.__file__, f"--resume={tmp_path}/run"], text=True)
+    assert 0 < said.count("| valid") < 3                    # one of them speaks
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+if __name__ == "__main__":                                  # what two processes of a test run
+    if sys.argv[1] == "one_of_two":
+        one_of_two(sys.argv[2])
+    else:                                                   # retrain.py in float64
+        make_float64(pytest.MonkeyPatch())
+        retrain.main(sys.argv[1:])
