@@ -311,8 +311,8 @@ class ImageNet(Batches):
         keys = ([(epoch, index) for index in batch.tolist()] for batch in self.indices(order)[skip:])
         loader = DataLoader(self, batch_sampler=keys, num_workers=self.workers, generator=order,
                             pin_memory=self.device.type == "cuda")
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # the workers keep it blocked: Ctrl-C is
-        loader = iter(loader)                                           # for this process, which then ends them
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})   # the workers keep it blocked: Ctrl-C is
+        loader = iter(loader)                                       # for this process, which then ends them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             for images, labels in loader:

@@ -260,7 +260,8 @@ class Run:
                 with open(self.folder / "config.json", "x") as file:    # of two starts at once, one succeeds
                     json.dump(vars(self.args), file, indent=1)
             except OSError as error:
-                raise SystemExit(f"cannot make {self.folder}/config.json ({reason(error)}): change --out")
+                config = self.folder / "config.json"
+                raise SystemExit(f"cannot make {config} ({reason(error)}): choose another --out") from None
             self.claimed = True
 
     def load(self):
@@ -322,6 +323,8 @@ def start(main):
             print(*error.args or ["interrupted"], file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+    except BrokenPipeError:                                 # as in `python -m experiments.tables 2 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RuntimeError as error:
         if "by peer" not in str(error):                     # otherwise another process of torchrun has left,
             raise                                           # and has said why
@@ -333,7 +336,7 @@ def progress(items, what, total):
     started = said = time.time()
     for done, item in enumerate(items, start=1):
         yield item
-        if time.time() - said > 10:
+        if time.time() - said > 10 and done < total:
             said = time.time()
             left = (said - started) / done * (total - done)
             print(f"{what}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
