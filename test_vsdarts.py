@@ -1389,6 +1389,167 @@ def test_two_processes_equal_one_stay_equal_and_go_on_after_a_kill(tmp_path):
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
+# ---------------------------------------------------------------- the README
+
+def test_readme_commands_are_ones_the_programs_take(monkeypatch):
+    def parse_args(parser, arguments=None, namespace=None, real=argparse.ArgumentParser.parse_args):
+        real(parser, arguments, namespace)
+        raise InterruptedError                              # the program has taken its arguments
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    text, seen = README + "".join(path.read_text() for path in HERE.glob("experiments/README.md")), set()
+    lines = "\n".join(map("".join, re.findall(r"```bash\n(.*?)```|`(python [^`\n]+)`", text, re.S)))
+    for module, arguments in re.findall(r"^(?:python|torchrun \S+) (?:-m )?([\w.]+)(.*)", lines, re.M):
+        module = module.removesuffix(".py")
+        if (HERE / f"{module.replace('.', '/')}.py").exists():
+            with pytest.raises(InterruptedError):
+                importlib.import_module(module).main(shlex.split(arguments, comments=True))
+            seen.add(module)
+    assert seen >= {"search", "retrain", "genotypes"}
+
+
+def test_readme_python_blocks_run(whole):
+    folder = re.search(r'folder = "(.*?)"', README)[1]
+    shutil.copytree(whole("retraining"), folder)
+    names = {}
+    for block in re.findall(r"(?<!<!-- recipe -->\n)```python\n(.*?)```", README, re.S):
+        exec(block.replace("C=16, layers=8", "C=2, layers=3"), names)
+    assert names["x_j"].shape == (8, 16, 32, 32) and names["logits"].shape == (5, 10)
+
+
+def test_readme_try_it_runs_but_for_fewer_epochs(capsys):
+    block = re.search(r"<!-- try -->\n```bash\n(.*?)```", README, re.S)[1]
+    first, *commands = re.sub(r"epochs([ =])\d+", r"epochs\g<1>1", block).splitlines()
+    assert "requirements.txt" in first and "python -m pytest" in README.partition("<!-- tests -->")[2]
+    for command in commands:
+        _, script, *arguments = shlex.split(command)
+        assert script == "search.py" or command in capsys.readouterr().out              # of the search
+        {"search.py": search, "retrain.py": retrain}[script].main([*arguments, "--epochs=1"])
+    assert "test error" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_readme_map_is_true_and_networks_need_torch_alone():
+    tests = "".join(path.read_text() for path in [Path(__file__), *HERE.glob("experiments/test_*.py")])
+    rows = re.search(r"\| paper \| code \| test \|\n.*?\n\n", README, re.S)[0].strip().splitlines()[2:]
+    assert len(rows) > 8
+    for _, code, test in [row[1:-1].split("|") for row in rows]:
+        assert all(f"\ndef {name}(" in tests for name in re.findall(r"`(test_\w+)`", test)), test
+        for quoted in re.findall(r"`([^`]+)`", code):
+            file, _, name = quoted.rpartition(": ")
+            path = HERE / (file or path)
+            assert re.search(rf"^(def |class )?{name}\b", path.read_text(), re.M), quoted
+    for file in ("model.py", "larc.py"):
+        assert set(re.findall(r"^(?:import|from) (\w+)", (HERE / file).read_text(), re.M)) == {"torch"}
+
+
+DARTS_FORK = """
+class Cell(nn.Module):                                      # DARTS's: operations counted by offset
+    def __init__(self, C, steps):
+        super().__init__()
+        self.ops = nn.ModuleList(nn.Conv2d(C, C, 1, bias=False) for _ in range(2 + 3))
+        CONSTRUCTOR
+
+    def forward(self, s0, s1, weights):
+        states, offset = [s0, s1], 0
+        for i in range(2):
+            s = sum(w[0] * h + w[1] * torch.tanh(self.ops[offset + j](h))
+                    for j, (h, w) in enumerate(zip(states, weights[offset:])))
+            offset += len(states)
+            NODE
+            states.append(s)
+        return torch.cat(states[2:], 1)
+
+
+class Net(nn.Module):
+    def __init__(self, C=3, steps=2):
+        super().__init__()
+        self.cell, self.linear = Cell(C, steps), nn.Linear(2 * C, 4)
+        self.alpha = torch.randn(5, 2, requires_grad=True)  # as in DARTS, no parameter of the network
+
+    def forward(self, x):
+        alpha = self.alpha
+        SOFTMAX
+        self.seen = weights
+        return self.linear(self.cell(x, x, weights).mean((2, 3)))
+
+
+def make_optimizer(weights_only, learning_rate, momentum, weight_decay):
+    OPTIMIZER
+    return optimizer
+
+
+def second_order_gradient(net, train, valid, momentum_buffers, lr, momentum, weight_decay, epsilon=1e-3):
+    ws = list(net.parameters())
+    grads = torch.autograd.grad(F.cross_entropy(net(train[0]), train[1]), ws)
+    VIRTUAL
+    before = [w.detach().clone() for w in ws]
+    with torch.no_grad():
+        for w, m, step in zip(ws, momentum_buffers, steps):
+            w -= lr * (momentum * m + step)
+    *vector, direct = torch.autograd.grad(F.cross_entropy(net(valid[0]), valid[1]), [*ws, net.alpha])
+    HESSIAN
+    length = torch.cat([v.flatten() for v in vector]).norm()
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for w, old, v in zip(ws, before, vector):
+                w.copy_(old + sign * epsilon / length * v)
+        sides.append(torch.autograd.grad(F.cross_entropy(net(train[0]), train[1]), net.alpha)[0])
+    with torch.no_grad():
+        for w, old in zip(ws, before):
+            w.copy_(old)
+    return direct - lr * length * (sides[0] - sides[1]) / (2 * epsilon)
+"""
+
+
+@pytest.fixture
+def fork(float64):
+    block = re.search(r"<!-- recipe -->\n```python\n(.*?)```", README, re.S)[1]
+    parts = [part.strip() for part in re.split(r"^#.*\n", block, flags=re.M)[1:]]
+    source = DARTS_FORK
+    for name, part in zip("CONSTRUCTOR NODE SOFTMAX OPTIMIZER VIRTUAL HESSIAN".split(), parts, strict=True):
+        indent = re.search(rf"^( *){name}$", source, re.M)[1]
+        source = source.replace(name, part.replace("\n", f"\n{indent}"))
+    names = {"torch": torch, "nn": nn, "F": F, "mixing_weights": mixing_weights, "LARC": LARC,
+             "local_factors": local_factors}
+    exec(source, names)
+    torch.manual_seed(0)
+    return names
+
+
+def test_the_recipe_turns_a_fork_into_vs_darts(fork):
+    net, images, labels = fork["Net"](), torch.randn(8, 3, 4, 4), torch.randint(4, (8,))
+    nodes = []
+    net.cell.register_forward_hook(lambda *args: nodes.append(args[2]))
+    loss = F.cross_entropy(net(images), labels)
+    torch.testing.assert_close(nodes[0].var((0, 2, 3), unbiased=False), torch.ones(6), rtol=1e-3, atol=0)
+    torch.testing.assert_close(net.seen, torch.softmax(net.alpha, 1).sqrt())
+    optimizer = fork["make_optimizer"](net.parameters(), learning_rate=0.025, momentum=0.9, weight_decay=0.0)
+    before = [w.detach().clone() for w in net.parameters()]
+    loss.backward()
+    optimizer.step()
+    for w, old in zip(net.parameters(), before):            # section 4.2: a step of lr |w|, whatever |g|
+        assert (w - old).norm().item() == pytest.approx(0.025 * old.norm().item(), rel=1e-5)
+
+
+def test_the_recipe_has_larcs_second_order(fork):
+    """Its finite difference against the exact derivative through LARC's step, whose factors are constants."""
+    net = fork["Net"]()
+    train, valid = ((torch.randn(8, 3, 4, 4), torch.randint(4, (8,))) for _ in range(2))
+    ws, lr, momentum, decay = list(net.parameters()), 0.1, 0.9, 5e-3
+    buffers = [torch.randn_like(w) for w in ws]
+    found = fork["second_order_gradient"](net, train, valid, buffers, lr, momentum, decay)
+    grads = torch.autograd.grad(F.cross_entropy(net(train[0]), train[1]), ws, create_graph=True)
+    moved = {}
+    for (name, w), g, m in zip(net.named_parameters(), grads, buffers):
+        factor = (w.norm() / (g.norm() + decay * w.norm() + 1e-8)).detach()
+        moved[name] = w - lr * (momentum * m + factor * (g + decay * w))
+    loss = F.cross_entropy(torch.func.functional_call(net, moved, (valid[0],)), valid[1])
+    exact = torch.autograd.grad(loss, net.alpha)[0]
+    first_order = torch.autograd.grad(F.cross_entropy(net(valid[0]), valid[1]), net.alpha)[0]
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-6)
+    assert (first_order - exact).abs().max() > 1e-2 * exact.abs().max()
+
+
 if __name__ == "__main__":                                  # what two processes of a test run
     if sys.argv[1] == "one_of_two":
         one_of_two(sys.argv[2])
