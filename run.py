@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -321,6 +322,8 @@ def start(main):
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
             print(*error.args or ["interrupted"], file=sys.stderr)
+        for worker in multiprocessing.active_children():    # of a DataLoader: they would be left behind
+            worker.terminate()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     except BrokenPipeError:                                 # as in `python -m experiments.tables 2 | head`
