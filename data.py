@@ -21,7 +21,7 @@ from run import differing, make_seed, progress, reason
 
 
 class Spec(NamedTuple):
-    """size: the images' side in pixels. mean, std: by channel, of pixels in [0, 1]. flip: in augmentation."""
+    """size: the side in pixels. mean, std: by channel, of pixels in [0, 1]. flip: mirror at random."""
     size: int
     mean: tuple
     std: tuple
@@ -131,7 +131,7 @@ class ImageFolder(datasets.ImageFolder):
         try:
             super().__init__(folder, transform, loader=read_image)
         except (OSError, ValueError) as error:
-            raise SystemExit(f"{folder}/CLASS/IMAGE is needed, and is not there ({reason(error)})") from None
+            raise SystemExit(f"{folder}/CLASS/IMAGE is needed, and is missing ({reason(error)})") from None
         if len(self.classes) < 2:
             raise SystemExit(f"{folder}/CLASS/IMAGE is needed, with more classes than {self.classes[0]}")
         if not train and (root / "train").is_dir():
@@ -150,7 +150,7 @@ class ImageFolder(datasets.ImageFolder):
 
 
 def read_image(path):
-    """An RGB image. Raises RuntimeError, with its name, if it is none or does not fit in eight bits."""
+    """An RGB image. Raises RuntimeError, with its name, if it is not an image of eight bits."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
@@ -161,7 +161,7 @@ def read_image(path):
 
 
 def shuffled(count, limit):
-    """The first `limit` of a fixed order: files come sorted by class, and every part should have all."""
+    """The first `limit` of a fixed order: files come sorted by class, and every part needs all."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
 
 

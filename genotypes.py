@@ -23,7 +23,7 @@ from model import OPS, Network, count_macs, count_parameters
 
 
 class Genotype(NamedTuple):
-    """A normal and a reduction cell. Node 0 is the last cell but one, node 1 the last; 2, 3, ... are here.
+    """A normal and a reduction cell. Node 0 is the last cell but one, node 1 the last; 2, 3, ... are its own.
     normal, reduce: for each node from 2 on, its inputs as pairs (operation, source node), one or more.
     normal_concat, reduce_concat: the nodes whose concatenation is the cell's output.
     """
@@ -34,7 +34,7 @@ class Genotype(NamedTuple):
 
 
 def load_genotype(name_or_file):
-    """The genotype of a published cell's name, or in a file. Raises ValueError, one line, for others."""
+    """The genotype of a published cell's name, or in a file. Otherwise a ValueError of one line."""
     if name_or_file in PUBLISHED:
         return PUBLISHED[name_or_file].genotype
     try:
@@ -120,7 +120,7 @@ def to_json(genotype):
 
 
 def pt_darts_notation(genotype):
-    """As pt.darts (khanrc/pt.darts) prints it. A second line, a comment: what operations it lacks."""
+    """As pt.darts (khanrc/pt.darts) prints it. A second line names what DARTS's code lacks."""
     fields, names = [], set()
     for cell in ("normal", "reduce"):
         nodes, concat = getattr(genotype, cell), list(getattr(genotype, f"{cell}_concat"))

@@ -28,7 +28,7 @@ EPS = 1e-8                                                  # apex's
 
 
 class LARC(torch.optim.Optimizer):
-    """params: tensors or groups, all of one device; trust_coefficient: t above; clip: the release's form."""
+    """params: tensors or groups, all on one device; trust_coefficient: t above; clip: the release's form."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=1.0, clip=False):
         if lr < 0 or momentum < 0 or weight_decay < 0 or trust_coefficient <= 0:
@@ -50,7 +50,7 @@ class LARC(torch.optim.Optimizer):
         return loss
 
     def step_group(self, group, params):
-        """One step for all tensors of a group at once; nothing waits for the device."""
+        """One step for all tensors of a group at once; the CPU never waits for the GPU."""
         grads = [p.grad for p in params]
         factors = local_factors(params, grads, group["lr"], group["weight_decay"], group["trust_coefficient"],
                                 group["clip"])

@@ -1,7 +1,7 @@
 """The networks: the paper's mixed operation, cell and super-network; the derived network; DARTS's operations.
 
 Sections 2.2 (Eq. 1), 4.1 (Eq. 3) and 4.3 (Eq. 6). Whatever the paper leaves to DARTS follows quark0/darts,
-cnn/{operations,model_search,model}.py at commit f276dd3. Needs torch alone.
+cnn/{operations,model_search,model}.py at commit f276dd3. Needs only torch.
 """
 import torch
 import torch.nn as nn
@@ -24,8 +24,8 @@ def mixing_weights(alpha, sqrt_beta=False):
 class MixedOp(nn.Module):
     """The mixed operation on an edge, Eq. 1: the sum over o of beta_o * o(x).
 
-    x: (B, C, H, W). beta: (operations,), in the order of `primitives`; another number is a ValueError.
-    Returns (B, C, H/stride, W/stride). As in DARTS, no batch norm has an affine part, and one follows a pool.
+    x: (B, C, H, W). beta: (operations,), in the order of `primitives`; any other number raises ValueError.
+    Returns (B, C, H/stride, W/stride). As in DARTS, batch norms have no affine part; each pool has one.
     """
 
     def __init__(self, C, stride, primitives):
@@ -37,7 +37,7 @@ class MixedOp(nn.Module):
                 self.ops[name] = nn.Sequential(op, nn.BatchNorm2d(C, affine=False)) if "pool" in name else op
 
     def forward(self, x, beta):
-        x_relu = F.relu(x)                                  # most operations begin with it: once per edge
+        x_relu = F.relu(x)                                  # most operations begin with it
         mixed = torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
         for name, beta_o in zip(self.primitives, beta, strict=True):
             if name != "none":
@@ -51,7 +51,7 @@ class MixedOp(nn.Module):
 class SearchCell(nn.Module):
     """A cell of the super-network. Nodes 0 and 1 are its inputs; every later node sums the edges into it.
 
-    edges: {(i, j): primitives} for every i < j, as in `genotypes.SPACES`. Returns the later nodes together.
+    edges: {(i, j): primitives} for every i < j, as in `genotypes.SPACES`. Returns later nodes, concatenated.
     """
 
     def __init__(self, edges, C_prev_prev, C_prev, C, reduction, reduction_prev, node_norm):
@@ -75,9 +75,9 @@ class SearchCell(nn.Module):
 
 
 class SuperNet(nn.Module):
-    """The super-network, (B, 3, H, W) -> logits (B, num_classes); H and W from 8 upwards, odd ones too.
+    """The super-network, (B, 3, H, W) -> logits (B, num_classes); H and W at least 8, odd sizes too.
 
-    space: {"normal": edges, "reduce": edges}, as for SearchCell; all edges of a cell have as many operations.
+    space: {"normal": edges, "reduce": edges}, as for SearchCell, the same number of operations.
     node_norm: Eq. 3. sqrt_beta: Eq. 6. `weights` are all parameters but the `alphas`. imagenet: the two stems
     of the derived network's ImageNet form, as in model_search_imagenet.py of nabk89/NAS-with-Proxy-data.
     """
@@ -103,7 +103,7 @@ class SuperNet(nn.Module):
 
         self.alphas = nn.ParameterDict()                    # (edges, operations), (14, 8) in DARTS's space
         for cell_type, edges in space.items():
-            self.alphas[cell_type] = 1e-3 * torch.randn(len(edges), len(edges[0, 2]))           # as DARTS
+            self.alphas[cell_type] = 1e-3 * torch.randn(len(edges), len(edges[0, 2]))   # now a Parameter
 
     @torch.no_grad()
     def betas(self):
@@ -127,7 +127,7 @@ def reductions(layers):
 # ---------------------------------------------------------------- the derived network (section 5.1)
 
 class Cell(nn.Module):
-    """A cell of the derived network. nodes: for each its inputs, (operation, source). concat: its outputs."""
+    """A cell of the derived network. nodes: each one's inputs, (operation, source). concat: its outputs."""
 
     def __init__(self, nodes, concat, C_prev_prev, C_prev, C, reduction, reduction_prev):
         super().__init__()
@@ -259,8 +259,8 @@ class ReLUFirst(nn.Module):
 
 
 class Subsample(nn.Module):
-    """Every `stride`-th pixel, before a 1x1 convolution. That could have the stride itself, but its backward
-    pass on the CPU would then overrun its memory (torch 2.14, channels_last, 56x56)."""
+    """Takes every `stride`-th pixel for a 1x1 convolution. A strided one would do the same, but its
+    backward pass on the CPU overruns its memory (torch 2.14, channels_last, 56x56)."""
 
     def __init__(self, stride):
         super().__init__()

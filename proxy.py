@@ -41,8 +41,8 @@ def entropies(classify, batches):
 def histogram(entropy, width):
     """(edges, the bin of each image) of log10 entropy.
 
-    Two kinds of values stop the source. Here one on an edge is in the bin above it, or in the last; and an
-    entropy of 0 counts as the smallest other.
+    The source crashes on two kinds of values. Here a value on an edge goes into the bin above, or the last
+    one; and an entropy of 0 counts as the smallest positive one.
     """
     h = np.log10(np.maximum(entropy, entropy[entropy > 0].min()))
     low, high = np.round(h.min()), np.round(h.max())
@@ -89,7 +89,7 @@ def retrained(args, device):
     file = Path(args.classifier)
     flags = argparse.Namespace(**{"dataset": None, **read_json(file.with_name("config.json")), "amp": False})
     if flags.dataset != args.dataset:
-        raise SystemExit(f"{file} is no classifier of {args.dataset}, but of {flags.dataset}")
+        raise SystemExit(f"{file} was trained on {flags.dataset}, not on {args.dataset}")
     net, classes = load_network(file, flags, device)
     net.eval()
     args.image_size = flags.image_size
@@ -136,7 +136,7 @@ def make_proxy(args):
 def read_file(path):
     proxy = read_json(path)
     if proxy.get("program") != "proxy.py":
-        raise SystemExit(f"{path} is no file of proxy.py")
+        raise SystemExit(f"{path} was not written by proxy.py")
     return proxy
 
 
@@ -153,7 +153,7 @@ def show(path):
 
 
 def read_proxy(args, images):
-    """The halves in --proxy, as numbers of training images. A run has its own copy of the file."""
+    """The halves in --proxy, as indices of training images. A search has its own copy of the file."""
     copy = Path(args.out, "proxy.json")
     path = copy if copy.exists() else args.proxy
     proxy = read_file(path)
@@ -177,7 +177,7 @@ def parse(arguments):
     add("--fraction", type=number(float, 0, 1, above=True), default=0.1,
         help="part of the images that is drawn; the source's scripts: 0.1")
     add("--scheme", default="p1", choices=("p1", "p2", "p3", "random"),
-        help="the weight of a bin of n images: max n - n + 1, 1 or 1/n; random: every image alike")
+        help="weight of a bin of n images: p1 max(n) - n + 1, p2 1, p3 1/n; random: all images alike")
     add("--seed", type=number(int, 0), default=777, help="of the draw; the source's script: 777")
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
     add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet")
@@ -192,8 +192,10 @@ def main(arguments):
         return show(args.show)
     if args.classifier is None and args.dataset != "imagenet":
         raise SystemExit(f"--classifier is needed: for {args.dataset} there is none to download")
-    if Path(args.out).exists() or not Path(args.out).parent.is_dir():
-        raise SystemExit(f"--out {args.out}: that file is there already, or its folder is not")
+    if Path(args.out).exists():
+        raise SystemExit(f"--out {args.out} exists: choose another name")
+    if not Path(args.out).parent.is_dir():
+        raise SystemExit(f"--out {args.out}: there is no such folder")
     args.image_size, args.batch_size = None, 256
     write(args.out, json.dumps(make_proxy(args)))
     show(args.out)

@@ -130,7 +130,7 @@ def evaluate(net, test):
 
 
 def train(genotype, args, run, rank, world, read=read_data):
-    """Trains a network to the last epoch; writes weights.pt and result.json. read: where data come from."""
+    """Trains a network to the last epoch; writes weights.pt and result.json. read: what loads the data."""
     device = find_device(args.device)
     batches, test = read(args, device, rank, world)
     counts = count(genotype, args, len(test.classes), test.size)
@@ -246,14 +246,14 @@ def make_parser():
     add("--auxiliary_weight", type=number(float, 0), help="weight of the auxiliary head's loss; 0: no head")
     add("--drop_path_prob", type=number(float, 0, 0.99), help="drop-path probability at the end, from 0")
     add("--cutout_length", type=number(int, 0), help="side of the square that is cut out, in pixels; 0: none")
-    add("--seed", type=number(int, 0), default=0, help="a run is one seed; DARTS has 0")
+    add("--seed", type=number(int, 0), default=0, help="random seed; DARTS has 0")
 
     add = parser.add_argument_group("the run").add_argument
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
     add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
     add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet for each GPU")
     add("--out", help="run folder (default: in runs/, named after all flags that are not at their defaults)")
-    add("--resume", metavar="FOLDER", help="continue an interrupted run, with its settings")
+    add("--resume", metavar="FOLDER", help="continue a run, with its flags; --data and --device may change")
     add("--evaluate", metavar="FILE", help="test a run's weights.pt or checkpoint.pt, and end")
     return parser
 
@@ -290,7 +290,7 @@ def parse(arguments):
     changed = [f"{flag}={given[flag]}" for flag in usual if given[flag] not in (None, usual[flag])]
     args = parser.parse_args(arguments, argparse.Namespace(**protocol(args)))
     if args.lr_scheduler == "linear" and args.epochs < 6:
-        raise SystemExit("--lr_scheduler linear needs --epochs 6 or more: its last five are a phase apart")
+        raise SystemExit("--lr_scheduler linear needs --epochs 6 or more: its last five are apart")
     name = Path(args.genotype).with_suffix("").as_posix().removeprefix("runs/").removesuffix("/genotype")
     name = "-".join(["retrain", args.dataset, name.replace("/", "-"), *changed, str(args.seed)])
     args.out = args.out or f"runs/{name}"

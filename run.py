@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -87,7 +86,7 @@ def find_device(name):
 
 
 def device_name(device):
-    """Where results were made, such as "Tesla V100-SXM2-16GB" or "x86_64 cpu"."""
+    """The name of the hardware, such as "Tesla V100-SXM2-16GB" or "x86_64 cpu"."""
     cpu = f"{platform.machine()} {device.type}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
@@ -133,6 +132,8 @@ def means(totals):
 def join():
     """(rank, world): this process's number, and how many there are. (0, 1) without torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and "RANK" not in os.environ:
+        raise SystemExit("WORLD_SIZE is set without torchrun: unset it, or start with torchrun")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return rank, world
@@ -228,16 +229,16 @@ def load_checkpoint(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.PickleError) as error:
-        raise SystemExit(f"{path} is no checkpoint that can be read ({reason(error)})") from None
+        raise SystemExit(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
 
 
 # ---------------------------------------------------------------- the run
 
 class Run:
-    """A run's folder. epoch: how many are finished. log: a record of each. result: the file of its end.
+    """A run's folder. epoch: how many are finished. log: a record of each. result: its last file.
 
     main: False in processes of torchrun that neither write nor speak. In a `with` statement, Ctrl-C says how
-    to go on, and an error in the first epoch leaves no folder in the corrected command's way.
+    to go on, and an error in the first epoch removes the folder, so that the corrected command can use it.
     """
 
     def __init__(self, args, result, main=True):
@@ -301,7 +302,10 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         if kind is not None and self.claimed and self.epoch == 0:
-            shutil.rmtree(self.folder)
+            for name in ("config.json", "genotype.json", "proxy.json", "net-0.pt"):
+                (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):              # the folder may be a link, a disk or "."
+                self.folder.rmdir()
         if kind is KeyboardInterrupt:
             go_on = f"--resume {self.folder} goes on after epoch {self.epoch - 1}"
             raise KeyboardInterrupt(f"interrupted; {go_on if self.epoch else 'start again'}") from None
@@ -335,7 +339,7 @@ def start(main):
 
 
 def progress(items, what, total):
-    """Yields the items, and says every ten seconds how many there were and how long the others will take."""
+    """Yields the items, and says every ten seconds how many are done and how long the rest will take."""
     started = said = time.time()
     for done, item in enumerate(items, start=1):
         yield item

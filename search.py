@@ -160,7 +160,7 @@ def begin(parts, run):
         save(net.state_dict(), run.folder / "net-0.pt")
 
 
-def first_order(parts, alpha_batch, w_batch):
+def first_order(parts, alpha_batch, w_batch):               # w_batch: for second order
     alpha_step(parts.net, parts.alpha_optimizer, *alpha_batch)
 
 
@@ -184,7 +184,7 @@ def train_epoch(parts, epoch, take_alpha_step=first_order):
 
 
 def end_epoch(parts, run, record):
-    """Validates, and logs and keeps what the epoch has led to."""
+    """Validates, then logs and saves the epoch."""
     started, net, space, betas = time.time(), parts.net, parts.net.space, parts.net.betas()
     valid_loss, valid_acc, _ = means(add_up(evaluate(net, parts.validation, record["epoch"])))
     record |= {"valid_loss": valid_loss, "valid_acc": valid_acc,
@@ -226,7 +226,7 @@ def epoch_line(record):
 
 
 def finish(run, genotype, seconds):
-    """Writes the cell and, beside it, where it is from: retrain.py takes that along, for the tables."""
+    """Writes the cell and, beside it, the search it came from, which retrain.py copies for the tables."""
     source = {**vars(run.args), "seconds": seconds, "device": run.log[-1]["device"],
               "genotype": genotype._asdict()}
     write(run.folder / "search.json", json.dumps(source, indent=1))
@@ -259,9 +259,9 @@ def make_parser(program="search.py", description=__doc__):
 
     add = parser.add_argument_group("the search (defaults: DARTS, but for the weight decay)").add_argument
     add("--epochs", type=number(int, 1), default=50, help="number of epochs")
-    add("--batch_size", type=number(int, 2), default=64, help="of each of a step's two; the release: 96")
+    add("--batch_size", type=number(int, 2), default=64, help="images in each step's two; release: 96")
     add("--learning_rate", type=number(float, 0), default=0.025, help="SGD rate of the first epoch")
-    add("--learning_rate_min", type=number(float, 0), default=0.001, help="where its cosine ends")
+    add("--learning_rate_min", type=number(float, 0), default=0.001, help="SGD rate at the cosine's end")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum")
     add("--weight_decay", type=number(float, 0), default=5e-3, help="section 3, DARTS-L2: 5e-3; DARTS: 3e-4")
     add("--grad_clip", type=number(float, 0, above=True), default=5.0, help="largest 2-norm of w's gradient")
@@ -269,7 +269,7 @@ def make_parser(program="search.py", description=__doc__):
     add("--arch_weight_decay", type=number(float, 0), default=1e-3, help="weight decay of alpha")
     add("--train_portion", type=number(float, 0, 1, above=True), default=0.5,
         help="part of the training split that trains w; the rest trains alpha")
-    add("--seed", type=number(int, 0), default=2, help="a run is one seed")
+    add("--seed", type=number(int, 0), default=2, help="random seed")
 
     add = parser.add_argument_group("the network (defaults: DARTS)").add_argument
     add("--space", default="darts", choices=SPACES, help="section 5.1: darts; section 5.2: s1 to s4")
@@ -281,7 +281,7 @@ def make_parser(program="search.py", description=__doc__):
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", default="cifar10", choices=DATASETS, help="section 5.1: cifar10; Table 2: imagenet")
     add("--data", default="data", help="folder of the data sets; for imagenet and folder, of train/")
-    add("--proxy", metavar="FILE", help="search on the images in a file of proxy.py, and on its two halves")
+    add("--proxy", metavar="FILE", help="search on the images that proxy.py chose, in its two halves")
     add("--image_size", type=number(int, 8, 512),
         help="side to which images are resized (default: as they are; 32 for folder, 224 for imagenet)")
     add("--limit", type=number(int, 4), help="use the first LIMIT training images only")
@@ -292,7 +292,7 @@ def make_parser(program="search.py", description=__doc__):
     add("--workers", type=number(int, 0), default=4, help="processes that read each half of ImageNet")
     add("--keep_nets", action="store_true", help="keep the super-network of every epoch, for the figures")
     add("--out", help="run folder (default: in runs/, named after all flags that are not at their defaults)")
-    add("--resume", metavar="FOLDER", help="continue an interrupted run, with its settings")
+    add("--resume", metavar="FOLDER", help="continue a run, with its flags; --data and --device may change")
     return parser
 
 
@@ -302,12 +302,15 @@ def parse(arguments, parser=None, method=None):
     args = parse_flags(parser, arguments)
     args.out = args.out or f"runs/{folder_name(args, parser, method)}"
     if args.dataset == "imagenet" and args.proxy is None:
-        raise SystemExit("--dataset imagenet needs --proxy FILE, as all its images would take weeks: make it "
-                         "by `python proxy.py --dataset imagenet --data DIR --out FILE`")
+        raise SystemExit("all of ImageNet would take weeks to search: --dataset imagenet needs --proxy FILE, from "
+                         "`python proxy.py --dataset imagenet --data DIR --out FILE`")
     if args.proxy is not None and (args.limit, args.train_portion) != (None, 0.5):
         raise SystemExit("--proxy says which images train w and alpha: leave out --limit and --train_portion")
     if args.learning_rate_min > args.learning_rate:
-        raise SystemExit(f"--learning_rate {args.learning_rate} is below its end, {args.learning_rate_min}")
+        raise SystemExit(f"--learning_rate {args.learning_rate} is below --learning_rate_min "
+                         f"{args.learning_rate_min}")
+    if not args.larc and (args.larc_clip or args.larc_trust != 1):
+        raise SystemExit("--larc_trust and --larc_clip change LARC: they need --larc")
     if args.sqrt_beta and not args.node_norm:
         print("warning: --sqrt_beta without --node_norm lets node variances grow with depth (about 2, 6, 15, "
               "32 at the nodes of the first cell, against 1 with it)", file=sys.stderr)
@@ -315,7 +318,7 @@ def parse(arguments, parser=None, method=None):
 
 
 def folder_name(args, parser, method):
-    """Data set, space, method, the flags that are not at their defaults, seed: every setting has its own."""
+    """Data set, space, method, the flags that are not at their defaults, seed: every setting gets its own."""
     switches = [flag for flag in ("node_norm", "larc", "sqrt_beta") if getattr(args, flag)]
     name = "+".join([method, *switches] if method else switches) or "darts_l2"
     elsewhere = {*switches, "dataset", "space", "seed", "data", "device", "workers", "out", "resume"}

@@ -1033,13 +1033,13 @@ def test_classes_are_kept_and_compared(whole):
 
 def test_default_folders_differ_in_every_setting():
     imagenet = ["--dataset=imagenet"], ["--dataset=imagenet", "--lr_scheduler=linear"]
-    for module, base, more in ((search, [], []), (retrain, ["--genotype=VS_DARTS"], imagenet)):
+    for module, base, more in ((search, ["--larc"], []), (retrain, ["--genotype=VS_DARTS"], imagenet)):
         names = [module.parse([*base, *flags]).out for flags in ([], *more)]
         for action in module.make_parser()._actions:
             integer = getattr(action.type, "__name__", "") == "whole number"
             choices = [choice for choice in action.choices or [] if choice != action.default]
             value = [] if action.nargs == 0 else [choices[1] if choices else "9" if integer else "0.02"]
-            if action.dest not in ("help", "data", "device", "workers", "out", "resume", "evaluate"):
+            if action.dest not in ("help", "larc", "data", "device", "workers", "out", "resume", "evaluate"):
                 names.append(module.parse([*base, f"--{action.dest}", *value]).out)
         assert len(set(names)) == len(names) > 20, sorted(names)
         assert "(default: " in module.make_parser().format_help()
@@ -1093,6 +1093,7 @@ BAD = [  # a command, words of the line that refuses it, and what is prepared
     ("search --epochs 0", "--epochs: it must be from 1, not 0"),
     ("search --learning_rate nan", "from 0"),
     ("search --epoch 3", "unrecognized arguments: --epoch"),
+    ("search --larc_trust 0.1", "they need --larc"), ("search --larc_clip", "they need --larc"),
     ("search --learning_rate 0.0001", "--learning_rate 0.0001"),
     ("search --resume nowhere", "nowhere/config.json cannot be read"),
     ("search --dataset digits --device warp", "--device warp cannot be used here"),
@@ -1137,7 +1138,7 @@ for name in ("cifar10", "cifar100", "svhn", "fashion_mnist"):
     BAD.append((f"search --dataset {name}", said))
 for content in (b"", b"PK", pickle.dumps({"a": 1}), pickle.dumps(Path("x")), {"epoch": 1}, {"net": 3},
                 {"net": {"x": torch.ones(1)}, "classes": []}, {1: 2}, [1]):
-    said = "checkpoint that can be read|does not fit this run|holds no network of this run"
+    said = "is not a readable checkpoint|does not fit this run|holds no network of this run"
     BAD += [("search --resume run", said, checkpoint("search", content)),
             ("retrain --resume run", said, checkpoint("retraining", content)),
             ("retrain --evaluate run/checkpoint.pt", said, checkpoint("retraining", content))]
@@ -1281,7 +1282,7 @@ def test_the_file_says_what_was_drawn_and_from_what(made, capsys):
     proxy.main([f"--show={made}/proxy.json"])
     rows = [row.split() for row in capsys.readouterr().out.splitlines()[2:]]
     assert [(int(row[3]), int(row[5])) for row in rows] == list(zip(held["counts"], held["chosen"]))
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="exists: choose another name"):
         proxy.main(["--dataset=digits", f"--classifier={path}", f"--out={made}/proxy.json"])
 
 
@@ -1300,7 +1301,7 @@ def test_a_search_sees_the_two_halves_and_keeps_them(made, tmp_path):
 @pytest.mark.parametrize("change, flag, said", [
     ({"dataset": "svhn"}, "", "1437 images of svhn"), ({"images": 1436}, "", "1436 images of digits"),
     ({"w": [3, 4, 4]}, "", "an image twice"), ({"w": [2, 1437]}, "", "one that is not there"),
-    ({"w": [-1, 2]}, "", "one that is not there"), ({"program": "search.py"}, "", "no file of proxy.py"),
+    ({"w": [-1, 2]}, "", "one that is not there"), ({"program": "search.py"}, "", "not written by proxy.py"),
     ({}, "--limit=9", "leave out"), ({}, "--train_portion=0.4", "leave out"), ({}, "--proxy=p", "p cannot")])
 def test_what_does_not_fit_is_refused_and_no_folder_taken(made, tmp_path, change, flag, said):
     (tmp_path / "p.json").write_text(json.dumps(json.loads((made / "proxy.json").read_text()) | change))

@@ -44,6 +44,7 @@ def read_run(folder, options):
     if "alphas" not in run.log[0] or not (path / "genotype.json").exists():
         raise SystemExit(f"{folder} is not the folder of one finished search")
     run.device, run.data = options.device or run.device, options.data or run.data
+    run.out = folder                                        # it may have been moved
     for edge in options.edge:
         edge_row(SPACES[run.space], edge)
     if options.figure in "2356":

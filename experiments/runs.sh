@@ -5,12 +5,13 @@
 #   bash experiments/runs.sh DATA OUT            DATA has train/CLASS/IMAGE; two searches at a time, one thread each
 #   bash experiments/runs.sh DATA OUT --dry_run  only print the commands
 set -u
-export DATA=$1 OUT=$2 DRY=${3:-} OMP_NUM_THREADS=1 PYTHON=${PYTHON:-python}
+usage='usage: bash experiments/runs.sh DATA OUT [--dry_run]'
+export DATA=${1:?$usage} OUT=${2:?$usage} DRY=${3:-} OMP_NUM_THREADS=1 PYTHON=${PYTHON:-python}
 
 small="--dataset folder --data $DATA --image_size 16 --layers 3 --init_channels 8 --keep_nets"
 s3="$small --space s3 --limit 6400 --epochs 50 --arch_learning_rate 2.35e-3"      # 2,500 steps
 full="$small --space darts --limit 6400 --epochs 25 --arch_learning_rate 4.7e-3"  # 1,250 steps
-s4="$small --space s4 --limit 1600 --epochs 100 --arch_learning_rate 4.9e-3"      # 1,200 steps
+s4="$small --space s4 --limit 1600 --epochs 100 --arch_learning_rate 4.5e-3"      # 1,300 steps
 all="--node_norm --larc --sqrt_beta"
 
 searches() {                                                # a line each: folder, program, flags
