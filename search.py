@@ -302,7 +302,7 @@ def parse(arguments, parser=None, method=None):
     args = parse_flags(parser, arguments)
     args.out = args.out or f"runs/{folder_name(args, parser, method)}"
     if args.dataset == "imagenet" and args.proxy is None:
-        raise SystemExit("all of ImageNet would take weeks to search: --dataset imagenet needs --proxy FILE, from "
+        raise SystemExit("ImageNet would take weeks: --dataset imagenet needs --proxy FILE, from "
                          "`python proxy.py --dataset imagenet --data DIR --out FILE`")
     if args.proxy is not None and (args.limit, args.train_portion) != (None, 0.5):
         raise SystemExit("--proxy says which images train w and alpha: leave out --limit and --train_portion")

@@ -591,7 +591,7 @@ def test_each_switch_reaches_its_own_place(monkeypatch, capsys, space, node_norm
     monkeypatch.setattr(search, "weight_step", lambda *given: seen.append(given[:2]) or weight_step(*given))
     monkeypatch.setattr(search, "load", lambda *given: seen.append(given[2]) or load(*given))
     switches = ["--node_norm"] * node_norm + ["--larc"] * larc + ["--sqrt_beta"] * sqrt_beta
-    switches += [f"--space={space}", "--larc_trust=0.1", "--larc_clip"]
+    switches += [f"--space={space}", *["--larc_trust=0.1", "--larc_clip"] * larc]
     search.main([*TINY, *switches, "--limit=8", "--out=run"])
     train_split, (net, optimizer) = seen                    # of the only step
     normalize = nn.BatchNorm2d if node_norm else nn.Identity
