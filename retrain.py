@@ -291,7 +291,7 @@ def parse(arguments):
     args = parser.parse_args(arguments, argparse.Namespace(**protocol(args)))
     if args.lr_scheduler == "linear" and args.epochs < 6:
         raise SystemExit("--lr_scheduler linear needs --epochs 6 or more: its last five are apart")
-    name = Path(args.genotype).with_suffix("").as_posix().removeprefix("runs/").removesuffix("/genotype")
+    name = Path(args.genotype).as_posix().removesuffix(".json").removeprefix("runs/").removesuffix("/genotype")
     name = "-".join(["retrain", args.dataset, name.replace("/", "-"), *changed, str(args.seed)])
     args.out = args.out or f"runs/{name}"
     return args
@@ -321,7 +321,8 @@ def main(arguments):
         genotype = read_genotype(args.genotype)
         args.search = source_of(args, genotype)
     else:
-        genotype = read_genotype(Path(args.out) / "genotype.json")
+        kept = Path(args.out) / "genotype.json"
+        genotype = read_genotype(kept if kept.exists() else args.genotype)
     with Run(args, "result.json", main=rank == 0) as run:
         train(genotype, args, run, rank, world)
 

@@ -228,7 +228,8 @@ def load_checkpoint(path):
     """The dict of tensors and plain values in a .pt file."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.PickleError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+            pickle.PickleError) as error:
         raise SystemExit(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
 
 
@@ -260,11 +261,11 @@ class Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with open(self.folder / "config.json", "x") as file:    # of two starts at once, one succeeds
+                    self.claimed = True
                     json.dump(vars(self.args), file, indent=1)
             except OSError as error:
                 config = self.folder / "config.json"
                 raise SystemExit(f"cannot make {config} ({reason(error)}): choose another --out") from None
-            self.claimed = True
 
     def load(self):
         saved = load_checkpoint(self.checkpoint)
@@ -286,12 +287,12 @@ class Run:
         if not (all(map(math.isfinite, numbers)) and all(w.isfinite().all() for w in weights)):
             raise SystemExit(f"a loss or a weight is not finite after epoch {self.epoch}: try a smaller "
                              f"--learning_rate, in a new run")
-        self.epoch += 1
-        self.log.append(record)
+        log, epoch = [*self.log, record], self.epoch + 1
         if self.main:
-            write(self.folder / "log.jsonl", "\n".join(map(json.dumps, self.log)))
+            write(self.folder / "log.jsonl", "\n".join(map(json.dumps, log)))
             states = {name: part.state_dict() for name, part in self.parts.items()}
-            save({"epoch": self.epoch, "classes": self.classes, **states}, self.checkpoint)
+            save({"epoch": epoch, "classes": self.classes, **states}, self.checkpoint)
+        self.log, self.epoch = log, epoch                   # counted when it is saved
 
     def say(self, text):
         if self.main:
@@ -302,7 +303,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         if kind is not None and self.claimed and self.epoch == 0:
-            for name in ("config.json", "genotype.json", "proxy.json", "net-0.pt"):
+            for name in ("config.json", "genotype.json", "proxy.json", "net-0.pt", "net-1.pt", "log.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):              # the folder may be a link, a disk or "."
                 self.folder.rmdir()
