@@ -291,8 +291,9 @@ def parse(arguments):
     args = parser.parse_args(arguments, argparse.Namespace(**protocol(args)))
     if args.lr_scheduler == "linear" and args.epochs < 6:
         raise SystemExit("--lr_scheduler linear needs --epochs 6 or more: its last five are apart")
-    name = Path(args.genotype).as_posix().removesuffix(".json").removeprefix("runs/").removesuffix("/genotype")
-    name = "-".join(["retrain", args.dataset, name.replace("/", "-"), *changed, str(args.seed)])
+    name = Path(args.genotype).as_posix().removeprefix("runs/")
+    name = name.removesuffix(".json").removesuffix("/genotype").replace("/", "-")
+    name = "-".join(["retrain", args.dataset, name, *changed, str(args.seed)])
     args.out = args.out or f"runs/{name}"
     return args
 
