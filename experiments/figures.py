@@ -4,9 +4,10 @@
     python -m experiments.figures 3 RUN [RUN ...]    searches side by side; so are 2, 4, 5, 6, overview
     python -m experiments.figures 2 RUN --edge normal:1-3 --tune 2
 
-A figure is a PNG, with its numbers beside it as JSON. Figures 2, 3, 5 and 6 look into the networks that
-`search.py --keep_nets` keeps: on the first batch of the half for alpha, not augmented (figure 2: on all
-of it), normalized by the batch's own statistics, as Eq. 3 has it.
+A figure is a PNG, with its numbers beside it as JSON; of each search it prints those that a claim of the
+paper rests on. Figures 2, 3, 5 and 6 look into the networks that `search.py --keep_nets` keeps: on the first
+batch of the half for alpha, not augmented (figure 2: on all of it), normalized by the batch's own statistics,
+as Eq. 3 has it.
 """
 import argparse
 import copy
@@ -227,6 +228,10 @@ def draw2(column, numbers):
     column[-1].set(ylabel="edges", xlabel=f"at once: {means}")
 
 
+def claim2(numbers):
+    return {key: numbers[key] for key in ("mean tau", "mean ceiling")}
+
+
 def draw_edge(above, below, name, edge):
     """Accuracies above beta, smallest first: if beta follows them, they rise to the right."""
     order, text = np.argsort(edge["beta"]), name
@@ -256,6 +261,11 @@ def measure3(run, options):
     return over_epochs(run, look)
 
 
+def claim3(numbers):
+    last = [variances[-1] for variances in numbers["variance"].values()]
+    return {"largest over smallest variance at the end": max(last) / min(last)}
+
+
 def none_per_node(space, alphas):
     """Section 4.1: {"N2": beta of `none`, mean over the edges into the normal cell's node 2, ..., "R5"}."""
     into = {}
@@ -267,13 +277,16 @@ def none_per_node(space, alphas):
 
 
 def measure4(run, options):
-    """At the end; mean_by_epoch: the mean over the nodes of both cells, after 1, 2, ... epochs."""
+    """At the end, by node; mean_by_epoch: over all edges, after 1, 2, ... epochs."""
     operations = SPACES[run.space]["normal"][0, 2]
     if "none" not in operations:
         raise SystemExit(f"{run.folder}: there is no `none` in space {run.space}")
-    values = [none_per_node(SPACES[run.space], record["alphas"]) for record in run.log]
-    means = [sum(nodes.values()) / len(nodes) for nodes in values]
-    return {"none": values[-1], "uniform": 1 / len(operations), "mean_by_epoch": means}
+    return {"none": none_per_node(SPACES[run.space], run.log[-1]["alphas"]), "uniform": 1 / len(operations),
+            "mean_by_epoch": [record["beta_none"] for record in run.log]}
+
+
+def claim4(numbers):
+    return {"beta of none at the end, mean over all edges": numbers["mean_by_epoch"][-1]}
 
 
 def draw4(column, numbers):
@@ -326,6 +339,14 @@ def measure5(run, options):
     return over_epochs(run, look)
 
 
+def claim5(numbers):
+    """The paper's claim is about "early epochs"; here from 0, the untrained network, to 5."""
+    ratios = {kind: np.array(numbers["largest over smallest"][kind][:6], float)         # None: nan
+              for kind in ("|g| / |w|", "|step| / |w|")}
+    return {f"largest over smallest {kind}, epochs 0 to 5": float(np.exp(np.log(ratio).mean()))
+            for kind, ratio in ratios.items()}
+
+
 # ---------------------------------------------------------------- figure 6: variances and covariances
 
 @torch.no_grad()
@@ -372,16 +393,36 @@ def draw6(column, edges):
         sums.set(xlabel="epoch", ylabel=f"Eq. 4, {name}")
 
 
-def draw_pairs(ax, name, covariances):
-    """By how many operations of a pair have weights (at stride 2 the skip has)."""
+def pairs_by_weights(name, covariances):
+    """[(how many of the two have no weights, their covariance by epoch)]; at stride 2 the skip has weights."""
     weightless = {"max_pool_3x3", "avg_pool_3x3", "noise", "skip_connect"}
     if name.startswith(("reduce:0-", "reduce:1-")):
         weightless.remove("skip_connect")
+    return [((a in weightless) + (b in weightless), covariances[a][b])
+            for a, b in itertools.combinations(covariances, 2)]
+
+
+def draw_pairs(ax, name, covariances):
     groups = (("0.6", "both with weights"), ("C0", "one with weights"), ("C3", "no weights"))
-    for a, b in itertools.combinations(covariances, 2):
-        color, text = groups[(a in weightless) + (b in weightless)]
-        ax.plot(covariances[a][b], color=color, linewidth=0.8, label=text)
+    for group, values in pairs_by_weights(name, covariances):
+        color, text = groups[group]
+        ax.plot(values, color=color, linewidth=0.8, label=text)
     ax.set(xlabel="epoch", ylabel=f"covariances, {name}")
+
+
+def claim6(edges):
+    """6a: "after the early stages", here the first fifth. 6b, Eq. 6: at the end."""
+    values = {}
+    for name, edge in edges.items():
+        ratio = np.array(edge["ratio"][len(edge["ratio"]) // 5:])
+        values[f"{name}: (largest - smallest ratio) / mean"] = float(np.ptp(ratio) / ratio.mean())
+        values[f"{name}: C / squares"] = edge["C"][-1] / edge["squares"][-1]
+        pairs = pairs_by_weights(name, edge["covariances"])
+        for text, kinds in (("covariance without weights", [2]), ("other covariance", [0, 1])):
+            last = [covariance[-1] for kind, covariance in pairs if kind in kinds]
+            if last:
+                values[f"{name}: {text}"] = float(np.mean(last))
+    return values
 
 
 # ---------------------------------------------------------------- overview, drawing, the command
@@ -431,14 +472,16 @@ def picture(title, draw, rows, panel, numbers):
     return content.getvalue()
 
 
-FIGURES = {  # title, measure(run, options), draw(axes of one column, numbers), rows (0: one, and two an edge)
-    "1": ("Figure 1: a cell as a graph", lambda genotype, options: genotype._asdict(), draw1, 2),
-    "2": ("Figure 2: beta and discretization accuracy", measure2, draw2, 0),
-    "3": ("Figure 3: variance of each node's output, middle cell", measure3, draw_panels, 1),
-    "4": ("Figure 4: beta of none, by node", measure4, draw4, 1),
-    "5": ("Figure 5: sep_conv_3x3 on the edges into the last node, middle cell", measure5, draw_panels, 3),
-    "6": ("Figure 6: variances and covariances of operations", measure6, draw6, 0),
-    "overview": ("The search", measure_overview, draw_panels, 4)}
+FIGURES = {  # title, measure(run, options), draw(axes of one column, numbers), rows (0: one, and two an edge),
+    #          and a claim's numbers(numbers)
+    "1": ("Figure 1: a cell as a graph", lambda genotype, options: genotype._asdict(), draw1, 2, None),
+    "2": ("Figure 2: beta and discretization accuracy", measure2, draw2, 0, claim2),
+    "3": ("Figure 3: variance of each node's output, middle cell", measure3, draw_panels, 1, claim3),
+    "4": ("Figure 4: beta of none, by node", measure4, draw4, 1, claim4),
+    "5": ("Figure 5: sep_conv_3x3 on the edges into the last node, middle cell", measure5, draw_panels, 3,
+          claim5),
+    "6": ("Figure 6: variances and covariances of operations", measure6, draw6, 0, claim6),
+    "overview": ("The search", measure_overview, draw_panels, 4, None)}
 
 
 def parse(arguments):
@@ -467,7 +510,7 @@ def parse(arguments):
 
 def main(arguments):
     options = parse(arguments)
-    title, measure, draw, rows = FIGURES[options.figure]
+    title, measure, draw, rows, claim = FIGURES[options.figure]
     if find_spec("matplotlib") is None:
         raise SystemExit("drawing needs matplotlib: pip install matplotlib")
     read, panel = (read_cell, (9, 3)) if options.figure == "1" else (read_run, (3.2, 2.2))
@@ -480,6 +523,8 @@ def main(arguments):
     write(path, content)
     write(path.with_suffix(".json"), json.dumps(numbers, indent=1))
     print(f"{path} and {path.with_suffix('.json')}")
+    for run, values in numbers.items() if claim else ():
+        print(run, *(f"  {text}: {value:.3f}" for text, value in claim(values).items()), sep="\n")
 
 
 if __name__ == "__main__":

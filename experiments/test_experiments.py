@@ -146,14 +146,15 @@ def test_figure_3_equals_brute_force(node_norm):
 
 def test_figure_4_equals_a_loop_over_edges():
     alphas = {kind: torch.randn(14, 8).tolist() for kind in KINDS}
-    log = [{"alphas": {kind: [[0.0] * 8] * 14 for kind in KINDS}}, {"alphas": alphas}]
+    log = [{"alphas": {kind: [[0.0] * 8] * 14 for kind in KINDS}, "beta_none": 0.125},
+           {"alphas": alphas, "beta_none": 0.2}]
     numbers, expected = figures.measure4(SimpleNamespace(space="darts", log=log), None), {}
     for kind, j in itertools.product(KINDS, range(2, 6)):
         rows = [alphas[kind][EDGES.index((i, j))] for i in range(j)]
         betas = [math.exp(row[0]) / sum(map(math.exp, row)) for row in rows]
         expected[f"{kind[0].upper()}{j}"] = sum(betas) / j
     assert numbers["none"] == pytest.approx(expected) and numbers["uniform"] == 1 / 8
-    assert numbers["mean_by_epoch"] == pytest.approx([1 / 8, np.mean([*expected.values()])])
+    assert numbers["mean_by_epoch"] == [0.125, 0.2]
 
 
 @pytest.mark.parametrize("switches", ["--grad_clip 0.01", "--larc", "--larc --larc_clip --larc_trust 0.02"])
@@ -317,7 +318,9 @@ def test_every_figure_is_drawn_with_its_numbers(kept, tmp_path, capsys, monkeypa
     monkeypatch.setattr(Figure, "savefig", lambda page, *a, **b: pages.append(page) or savefig(page, *a, **b))
     monkeypatch.chdir(kept)
     figures.main([*arguments.split(), f"--out={tmp_path / 'out'}"])
-    picture, numbers = map(Path, capsys.readouterr().out.strip().split(" and "))
+    first, *claims = capsys.readouterr().out.strip().splitlines()
+    picture, numbers = map(Path, first.split(" and "))
+    assert bool(claims) == (arguments[0] in "23456")
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
     assert {*tmp_path.glob("out/*")} == {picture, numbers}
     runs = [word for word in arguments.split()[1:] if Path(word).exists() or word in PUBLISHED]
@@ -327,6 +330,22 @@ def test_every_figure_is_drawn_with_its_numbers(kept, tmp_path, capsys, monkeypa
             assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())
         if ax.get_xlabel() == "epoch":
             assert all(tick == round(tick) for tick in ax.get_xticks())
+
+
+def test_the_numbers_printed_for_the_claims():
+    """Against values that are plain to see; "early" and "after the early stages" leave out what they say."""
+    assert list(figures.claim2({"mean tau": 0.1, "mean ceiling": 0.2, "edges": {}}).values()) == [0.1, 0.2]
+    assert list(figures.claim3({"variance": {"node 2": [9, 0.5], "node 3": [1, 2.0]}}).values()) == [4]
+    assert list(figures.claim4({"mean_by_epoch": [0.2, 0.3]}).values()) == [0.3]
+    ratios = {"|g|": [7] * 9, "|g| / |w|": [2, 8] * 3 + [100] * 3, "|step| / |w|": [1] * 9}
+    values = [*figures.claim5({"largest over smallest": ratios}).values()]
+    assert values == pytest.approx([4, 1])                  # the root of 2 x 8
+    pairs = {"avg_pool_3x3": {"skip_connect": [0, 0.8], "sep_conv_3x3": [0, 0.1], "avg_pool_3x3": [1, 1]},
+             "skip_connect": {"avg_pool_3x3": [0, 0.8], "sep_conv_3x3": [0, 0.3], "skip_connect": [1, 1]},
+             "sep_conv_3x3": {"avg_pool_3x3": [0, 0.1], "skip_connect": [0, 0.3], "sep_conv_3x3": [1, 1]}}
+    edge = {"ratio": [9, 9, 1, 2, 3, *[2] * 6], "C": [5, 0.2], "squares": [1, 0.8], "covariances": pairs}
+    assert [*figures.claim6({"normal:1-3": edge}).values()] == pytest.approx([1, 0.25, 0.8, 0.2])
+    assert [*figures.claim6({"reduce:1-3": edge}).values()] == pytest.approx([1, 0.25, 0.4])  # skip: weights
 
 
 def test_drawing_needs_matplotlib_but_no_backend(kept, tmp_path, monkeypatch):
