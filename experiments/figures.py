@@ -394,7 +394,7 @@ def draw6(column, edges):
 
 
 def pairs_by_weights(name, covariances):
-    """[(how many of the two have no weights, their covariance by epoch)]; at stride 2 the skip has weights."""
+    """[(how many of the two have no weights, their covariance by epoch)]. At stride 2 the skip has some."""
     weightless = {"max_pool_3x3", "avg_pool_3x3", "noise", "skip_connect"}
     if name.startswith(("reduce:0-", "reduce:1-")):
         weightless.remove("skip_connect")
@@ -472,8 +472,9 @@ def picture(title, draw, rows, panel, numbers):
     return content.getvalue()
 
 
-FIGURES = {  # title, measure(run, options), draw(axes of one column, numbers), rows (0: one, and two an edge),
-    #          and a claim's numbers(numbers)
+# title, measure(run, options), draw(axes of one column, numbers), rows (0: one, and two for each --edge),
+# numbers to print (numbers)
+FIGURES = {
     "1": ("Figure 1: a cell as a graph", lambda genotype, options: genotype._asdict(), draw1, 2, None),
     "2": ("Figure 2: beta and discretization accuracy", measure2, draw2, 0, claim2),
     "3": ("Figure 3: variance of each node's output, middle cell", measure3, draw_panels, 1, claim3),
