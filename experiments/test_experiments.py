@@ -756,6 +756,30 @@ def test_a_stopped_run_goes_on_to_the_same_end(monkeypatch, whole_runs, method, 
 
 # ---------------------------------------------------------------- bad input
 
+def test_the_script_of_our_runs():
+    """It lists each search once, all with the paper's product of alpha's rate and steps; and carries on."""
+    def listed():
+        arguments = "experiments/runs.sh", "DATA", Path("out").absolute(), "--dry_run"
+        out, errors, status = program(*arguments, launcher=("env", "PYTHON=python", "bash"))
+        assert (errors, status) == ("", 0)
+        return [line.split() for line in out.splitlines()]
+    commands = listed()
+    for python, *words in commands:
+        parser = baselines.make_parser("es") if words[0] == "-m" else None
+        args = search.parse(words[3:] if parser else words[1:], parser)
+        steps = args.epochs * math.ceil(args.limit / 2 / args.batch_size)
+        assert args.keep_nets and args.data == "DATA"
+        assert steps * args.arch_learning_rate == pytest.approx(391 * 50 * 3e-4, 0.01)
+    names = [Path(words[-1]).name for words in commands]
+    assert len({*names}) == len(names) == 38 and names[:2] == ["s3-darts_l2-0", "s3-vs_darts-0"]
+    for file in ("s3-darts_l2-0/genotype.json", "s3-vs_darts-0/config.json", "s4-es-2/config.json"):
+        Path("out", file).parent.mkdir(parents=True)
+        Path("out", file).write_text("{}")
+    after, resume = listed(), ["--resume", str(Path("out").absolute() / "s3-vs_darts-0")]
+    assert after[0] == ["python", "search.py", *resume] and after[1:-1] == commands[2:-1]
+    assert after[-1][:5] == ["python", "-m", "experiments.baselines", "es", "--resume"]
+
+
 BAD = [  # a command, and words of the line that refuses it
     ("figures 3 s2", "s2/net-0.pt is missing: --keep_nets"),
     ("figures 4 s2", "s2: there is no `none` in space s2"),
