@@ -48,4 +48,5 @@ one() {
     nice -n 19 $command $flags >> "$OUT/$name.txt" 2>&1 || echo "$name ended with status $?: see $OUT/$name.txt"
 }
 export -f one
+if [ -n "$DRY" ]; then JOBS=1; fi                           # the commands in their order
 searches | xargs -P "${JOBS:-2}" -L 1 bash -c 'one "$@"' one
