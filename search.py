@@ -111,7 +111,7 @@ def make_batches(args, device):
 def read_halves(args, device):
     """The training split's first part, for w, and the rest, for alpha. The test split is never read."""
     split = load(args.dataset, args.data, True, args.image_size, args.limit).to(device)
-    if vars(args).get("proxy") is not None:                 # not a flag of older runs
+    if args.proxy is not None:
         return [split.take(half) for half in read_proxy(args, len(split.labels))]
     cut = int(args.train_portion * len(split.labels))
     return split.part(0, cut), split.part(cut, None)
