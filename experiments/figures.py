@@ -214,22 +214,26 @@ def measure2(run, options):
                 right.append(answers(discrete, alpha_half, options.images))
             edges[edge][when] = compare(beta, right)
         net.alphas.load_state_dict(alphas)
-    found = transpose([edge["at once"] for edge in edges.values()])
-    means = {f"mean {key}": np.mean(found[key]) for key in ("tau", "ceiling")}
-    return {**means, "chosen": options.edge, "edges": edges}
+    means = {}
+    for when in ("at once", "tuned"):
+        found = [edge[when] for edge in edges.values() if when in edge]
+        for key in ("tau", "ceiling") if found else ():
+            means[f"mean {key}, {when}"] = float(np.mean([edge[key] for edge in found]))
+    return {"means": means, "chosen": options.edge, "edges": edges}
 
 
 def draw2(column, numbers):
     for name, above, below in zip(numbers["chosen"], column[::2], column[1::2]):
         draw_edge(above, below, name, numbers["edges"][name])
     found = transpose([edge["at once"] for edge in numbers["edges"].values()])
-    column[-1].hist([found["tau"], found["ceiling"]], np.linspace(-1, 1, 15), label=("tau", "ceiling"))
-    means = f"mean tau {numbers['mean tau']:.2f}, mean ceiling {numbers['mean ceiling']:.2f}"
-    column[-1].set(ylabel="edges", xlabel=f"at once: {means}")
+    names = ("tau, at once", "ceiling, at once")
+    column[-1].hist([found["tau"], found["ceiling"]], np.linspace(-1, 1, 15), label=names)
+    means = "\n".join(f"{key}: {value:.2f}" for key, value in numbers["means"].items())
+    column[-1].set(ylabel="edges", xlabel=means)
 
 
 def claim2(numbers):
-    return {key: numbers[key] for key in ("mean tau", "mean ceiling")}
+    return numbers["means"]
 
 
 def draw_edge(above, below, name, edge):
