@@ -23,13 +23,15 @@ searches() {                                                # a line each: folde
     echo "full-vs_darts-0 search.py $full $all --seed 0"
     for seed in 0 1 2; do
         echo "s3-norm-$seed search.py $s3 --node_norm --seed $seed"
-        echo "s3-norm_larc-$seed search.py $s3 --node_norm --larc --seed $seed"
-        echo "s3-norm_sqrt-$seed search.py $s3 --node_norm --sqrt_beta --seed $seed"
-        echo "s3-vs_darts_trust_0.1-$seed search.py $s3 $all --larc_trust 0.1 --seed $seed"
     done
     for seed in 0 1 2; do
         echo "s4-darts-$seed search.py $s4 --weight_decay 3e-4 --seed $seed"
         echo "s4-vs_darts-$seed search.py $s4 $all --seed $seed"
+    done
+    for seed in 0 1 2; do
+        echo "s3-vs_darts_trust_0.1-$seed search.py $s3 $all --larc_trust 0.1 --seed $seed"
+        echo "s3-norm_sqrt-$seed search.py $s3 --node_norm --sqrt_beta --seed $seed"
+        echo "s3-norm_larc-$seed search.py $s3 --node_norm --larc --seed $seed"
     done
     echo "full-darts_l2-1 search.py $full --seed 1"
     echo "full-vs_darts-1 search.py $full $all --seed 1"
