@@ -881,6 +881,7 @@ def assert_same_runs(a, b):
 def program(*arguments, wait=True, launcher=PYTHON, **options):
     """(what a program prints, what it says on stderr, its status); with wait=False the process."""
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)    # a shell's & ignores it
     process = subprocess.Popen([*launcher, *map(str, arguments)], cwd=HERE, env=ENVIRONMENT, **options)
     return end_of(process) if wait else process
 
