@@ -1406,7 +1406,8 @@ def test_readme_commands_are_ones_the_programs_take(monkeypatch):
         raise InterruptedError                              # the program has taken its arguments
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     text, seen = README + "".join(path.read_text() for path in HERE.glob("experiments/README.md")), set()
-    lines = "\n".join(map("".join, re.findall(r"```bash\n(.*?)```|`(python [^`\n]+)`", text, re.S)))
+    blocks = re.findall(r"```bash\n(.*?)```|`(python [^`\n]+)`", text.replace("\\\n", ""), re.S)
+    lines = "\n".join(map("".join, blocks))
     for module, arguments in re.findall(r"^(?:python|torchrun \S+) (?:-m )?([\w.]+)(.*)", lines, re.M):
         module = module.removesuffix(".py")
         if (HERE / f"{module.replace('.', '/')}.py").exists():
