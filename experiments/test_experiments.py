@@ -768,6 +768,12 @@ def test_the_script_of_our_runs():
         args = search.parse(words[3:] if parser else words[1:], parser)
         steps = args.epochs * math.ceil(args.limit / 2 / args.batch_size)
         assert args.keep_nets and args.data == "DATA"
+        _, row, seed = Path(args.out).name.split("-")
+        switches = {"norm": [1, 0, 0], "norm_larc": [1, 1, 0], "norm_sqrt": [1, 0, 1],
+                    "vs_darts": [1, 1, 1], "vs_darts_trust_0.1": [1, 1, 1]}.get(row, [0, 0, 0])
+        assert [args.node_norm, args.larc, args.sqrt_beta] == switches and args.seed == int(seed)
+        assert args.larc_trust == (0.1 if row.endswith("0.1") else 1)
+        assert args.weight_decay == (3e-4 if row in ("darts", "es") else 5e-3)
         assert steps * args.arch_learning_rate == pytest.approx(391 * 50 * 3e-4, 0.01)
     names = [Path(words[-1]).name for words in commands]
     assert len({*names}) == len(names) == 38 and names[:2] == ["s3-darts_l2-0", "s3-vs_darts-0"]
