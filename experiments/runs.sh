@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The searches behind experiments/README.md, in the order of their worth: about nine hours of one core.
+# The searches behind experiments/README.md, in the order of their worth: about six hours of one core.
 # What is finished is skipped, and what was stopped goes on, so it may be stopped and started at any time.
 #
 #   bash experiments/runs.sh DATA OUT            DATA has train/CLASS/IMAGE; two searches at a time, one thread each
