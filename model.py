@@ -58,6 +58,9 @@ class SearchCell(nn.Module):
         super().__init__()
         self.preprocess0 = preprocess(C_prev_prev, C, reduction_prev, affine=False)
         self.preprocess1 = preprocess(C_prev, C, False, affine=False)
+        self.make_edges(edges, C, reduction, node_norm)
+
+    def make_edges(self, edges, C, reduction, node_norm):
         self.edges, self.normalize = nn.ModuleDict(), nn.ModuleList()
         for (i, j), primitives in edges.items():
             self.edges[f"{i}-{j}"] = MixedOp(C, 2 if reduction and i < 2 else 1, primitives)
@@ -66,12 +69,16 @@ class SearchCell(nn.Module):
 
     def forward(self, s0, s1, beta):
         """s0, s1: outputs of the two cells before; beta: (edges, operations), in the order of the edges."""
+        return torch.cat(self.nodes([self.preprocess0(s0), self.preprocess1(s1)], beta)[2:], dim=1)
+
+    def nodes(self, states, beta):
+        """Every node's output, (B, C, H, W) each. states: those of the cell's inputs, which come first."""
         beta = dict(zip(self.edges, beta, strict=True))
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for j, normalize in enumerate(self.normalize, start=2):
+        for normalize in self.normalize:
+            j = len(states)
             x_j = sum(self.edges[f"{i}-{j}"](states[i], beta[f"{i}-{j}"]) for i in range(j))
-            states.append(normalize(x_j))                   # Eq. 3: (x_j - mu) / sigma, per channel
-        return torch.cat(states[2:], dim=1)
+            states = [*states, normalize(x_j)]              # Eq. 3: (x_j - mu) / sigma, per channel
+        return states
 
 
 class SuperNet(nn.Module):
@@ -99,24 +106,34 @@ class SuperNet(nn.Module):
             self.cells.append(cell)
             self.cell_types.append(cell_type)
         self.classifier = nn.Linear(C_prev, num_classes)
-        self.weights = list(self.parameters())              # w of Eq. 2, listed before there are alphas
+        self.alphas = make_alphas(space)
 
-        self.alphas = nn.ParameterDict()                    # (edges, operations), (14, 8) in DARTS's space
-        for cell_type, edges in space.items():
-            self.alphas[cell_type] = 1e-3 * torch.randn(len(edges), len(edges[0, 2]))   # now a Parameter
+    @property
+    def weights(self):
+        """w of Eq. 2: every parameter but the alphas."""
+        return [p for name, p in self.named_parameters() if not name.startswith("alphas.")]
 
     @torch.no_grad()
     def betas(self):
         """{"normal" or "reduce": softmax(alpha), (edges, operations)}: what the derivation reads."""
         return {cell_type: mixing_weights(alpha) for cell_type, alpha in self.alphas.items()}
 
+    def mixing_weights(self):
+        """{cell type: (edges, operations)}: beta (Eq. 1) or its root (Eq. 6)."""
+        return {cell_type: mixing_weights(alpha, self.sqrt_beta) for cell_type, alpha in self.alphas.items()}
+
     def forward(self, x):
-        beta = {cell_type: mixing_weights(alpha, self.sqrt_beta) for cell_type, alpha in self.alphas.items()}
-        s0 = self.stem(x)
+        beta, s0 = self.mixing_weights(), self.stem(x)
         s1 = self.stem1(s0)
         for cell_type, cell in zip(self.cell_types, self.cells):
             s0, s1 = s1, cell(s0, s1, beta[cell_type])
         return self.classifier(s1.mean((2, 3)))
+
+
+def make_alphas(space):
+    """{cell type: (edges, operations)}, (14, 8) in DARTS's space, near 0 as in DARTS."""
+    return nn.ParameterDict({cell_type: 1e-3 * torch.randn(len(edges), len(next(iter(edges.values()))))
+                             for cell_type, edges in space.items()})
 
 
 def reductions(layers):

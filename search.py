@@ -14,7 +14,7 @@ import json
 import shlex
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import torch
@@ -85,11 +85,13 @@ Parts = namedtuple("Parts", ["args", "net", "w_optimizer", "alpha_optimizer", "s
                              "alpha_batches", "validation"])
 
 
-def make_parts(args):
+def make_parts(args, make_net=None):
+    """The network's own constructor is make_net(args, number of classes), by default the paper's."""
     device = find_device(args.device)
     w_batches, alpha_batches, validation = make_batches(args, device)
     torch.manual_seed(args.seed)
-    net = place(make_net(args, len(w_batches.classes)), device, args.amp)
+    net = (make_net or make_supernet)(args, len(w_batches.classes))
+    net = place(net, device, args.amp)
     return Parts(args, net, *make_optimizers(net, args), w_batches, alpha_batches, validation)
 
 
@@ -117,7 +119,7 @@ def read_halves(args, device):
     return split.part(0, cut), split.part(cut, None)
 
 
-def make_net(args, num_classes):
+def make_supernet(args, num_classes):
     return SuperNet(SPACES[args.space], args.init_channels, args.layers, num_classes, args.node_norm,
                     args.sqrt_beta, args.stem_multiplier, args.dataset == "imagenet")
 
@@ -185,18 +187,30 @@ def train_epoch(parts, epoch, take_alpha_step=first_order):
 
 def end_epoch(parts, run, record):
     """Validates, then logs and saves the epoch."""
+    validate(parts, record)
+    record["genotype"] = derive(parts.net.space, parts.net.betas())._asdict()
+    keep(parts, run, record)
+    nodes = record["genotype"]["normal"] + record["genotype"]["reduce"]
+    chosen = Counter(name for node in nodes for name, _ in node)
+    run.say(epoch_line(record, ", ".join(f"{count} {name}" for name, count in sorted(chosen.items()))))
+
+
+def validate(parts, record):
+    """Adds loss and accuracy on the half for alpha to an epoch's record, the alphas, and mean betas."""
     started, net, space, betas = time.time(), parts.net, parts.net.space, parts.net.betas()
     valid_loss, valid_acc, _ = means(add_up(evaluate(net, parts.validation, record["epoch"])))
     record |= {"valid_loss": valid_loss, "valid_acc": valid_acc,
                "beta_none": mean_beta(space, betas, "none"),
                "beta_skip": mean_beta(space, betas, "skip_connect"),
-               "genotype": derive(space, betas)._asdict(),
                "alphas": {cell: alpha.tolist() for cell, alpha in net.alphas.items()}}
     record["seconds"] += time.time() - started
+
+
+def keep(parts, run, record):
+    """Logs and saves a validated epoch, with --keep_nets its network too."""
     if run.main and parts.args.keep_nets:                   # before the checkpoint: a resumed run lacks none
-        save(net.state_dict(), run.folder / f"net-{record['epoch'] + 1}.pt")
+        save(parts.net.state_dict(), run.folder / f"net-{record['epoch'] + 1}.pt")
     run.end_epoch(record)
-    run.say(epoch_line(record))
 
 
 @torch.no_grad()
@@ -213,16 +227,13 @@ def mean_beta(space, betas, primitive):
     return sum(values) / len(values) if values else None
 
 
-def epoch_line(record):
-    genotype = record["genotype"]
-    chosen = [name for cell in ("normal", "reduce") for node in genotype[cell] for name, _ in node]
+def epoch_line(record, cell):
     betas = [f"{key.replace('_', ' ')} {record[key]:.4f}" for key in ("beta_none", "beta_skip")
              if record[key] is not None]
     return " | ".join([f"epoch {record['epoch']} lr {record['lr']:.6f}",
                        f"train {record['train_loss']:.3f} {record['train_acc']:.1f}%",
                        f"valid {record['valid_loss']:.3f} {record['valid_acc']:.1f}%", *betas,
-                       ", ".join(f"{chosen.count(name)} {name}" for name in sorted(set(chosen))),
-                       f"{record['seconds']:.0f} s"])
+                       cell, f"{record['seconds']:.0f} s"])
 
 
 def finish(run, genotype, seconds):

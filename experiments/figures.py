@@ -59,7 +59,7 @@ def load_net(run, epoch):
     if not path.exists():
         raise SystemExit(f"{path} is missing: --keep_nets keeps a search's networks")
     state = load_checkpoint(path)
-    net = search.make_net(run, len(state["classifier.bias"]))
+    net = search.make_supernet(run, len(state["classifier.bias"]))
     net.load_state_dict(state)
     return place(net, find_device(run.device))
 

@@ -1,0 +1,211 @@
+"""The search on NAS-Bench-201, where the accuracy of every cell is known (Dong and Yang, ICLR 2020).
+
+    python -m experiments.nasbench201 --node_norm --larc --sqrt_beta    as published: CIFAR-10, one CUDA GPU
+    python -m experiments.nasbench201 --cell "|nor_conv_3x3~0|+|..."    what is known of a cell
+
+A cell has six edges with five operations each, 15,625 cells in all, and each of them was trained. So the cell
+of every epoch is looked up, not retrained. Unlike in the paper's search, every edge is kept, and `none` may
+be chosen. The flags are search.py's, without --space and --stem_multiplier; --layers counts all three stages.
+
+nasbench201.npz has the test accuracies after 200 epochs on CIFAR-10, CIFAR-100 and ImageNet16-120, the mean
+of the trials, from NATS-Bench (MIT licence, hp=200) as tabulated in v-tao/nats-bench-landscape.
+"""
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import search
+from experiments.tables import method
+from model import SearchCell, SuperNet, cifar_stem, conv_bn, make_alphas
+from run import Run, check_processes, join, start, write
+
+PRIMITIVES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+EDGES = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]    # (source, target); node 3 is the output
+SPACE = {"cell": {edge: PRIMITIVES for edge in EDGES}}
+METHODS = {  # tables.py's name of a search: its name in nasbench201.jsonl
+    "DARTS-L2": "darts_l2", "VS-DARTS": "vs_darts_1", "VS-DARTS, trust 0.1": "vs_darts_0.1",
+    "DARTS-L2 + node norm + sqrt(beta)": "norm_sqrt", "DARTS-L2 + node norm": "norm",
+    "VS-DARTS, trust 0.3": "vs_darts_0.3", "DARTS": "darts", "VS-DARTS, trust 0.02, clip": "release",
+    "DARTS-L2 + node norm + LARC": "norm_larc"}
+
+
+# ---------------------------------------------------------------- cells and their accuracies
+
+@functools.cache
+def accuracies():
+    """int (5, 5, 5, 5, 5, 5, 3): hundredths of a percent, by the operation on each of EDGES, by data set."""
+    with np.load(Path(__file__).with_name("nasbench201.npz")) as file:
+        return file["accuracy"].astype(int)
+
+
+def look_up(operations):
+    """({data set: test accuracy in percent}, rank on CIFAR-10 of 15,625) of a cell, as numbers of operations."""
+    table = accuracies()
+    names = ("CIFAR-10", "CIFAR-100", "ImageNet16-120")
+    values = dict(zip(names, (table[tuple(operations)] / 100).tolist()))
+    return values, 1 + int((table[..., 0] > table[tuple(operations)][0]).sum())
+
+
+def to_text(operations):
+    """A cell as NAS-Bench-201 writes it: |op~0|+|op~0|op~1|+|op~0|op~1|op~2|."""
+    words = {j: "|" for _, j in EDGES}
+    for (i, j), o in zip(EDGES, operations):
+        words[j] += f"{PRIMITIVES[o]}~{i}|"
+    return "+".join(words.values())
+
+
+def from_text(text):
+    """The numbers of a cell's six operations. Raises ValueError, one line."""
+    words = [word.split("~") for node in text.split("+") for word in node.strip("|").split("|")]
+    for name, *_ in words:
+        if name not in PRIMITIVES:
+            raise ValueError(f"{name!r} is none of {', '.join(PRIMITIVES)}")
+    operations = [PRIMITIVES.index(name) for name, *_ in words]
+    if len(words) != len(EDGES) or to_text(operations) != text:
+        raise ValueError(f"a cell is |op~0|+|op~0|op~1|+|op~0|op~1|op~2|, not {text}")
+    return operations
+
+
+def describe(operations):
+    values, rank = look_up(operations)
+    return ", ".join(f"{name} {value:.2f}%" for name, value in values.items()) + f", rank {rank:,}"
+
+
+# ---------------------------------------------------------------- the super-network
+
+class Cell(SearchCell):
+    """Node 0 is the cell's input, node 3 its output; all edges have stride 1. (B, C, H, W) -> the same."""
+
+    def __init__(self, C, node_norm):
+        nn.Module.__init__(self)
+        self.make_edges(SPACE["cell"], C, False, node_norm)
+
+    def forward(self, x, beta):                             # beta: (6, 5), in the order of EDGES
+        return self.nodes([x], beta)[-1]
+
+
+class Residual(nn.Module):
+    """Between two stages: (B, C_in, H, W) -> (B, C, H/2, W/2)."""
+
+    def __init__(self, C_in, C):
+        super().__init__()
+        self.convs = nn.Sequential(conv_bn(C_in, C, 3, 2, affine=True), conv_bn(C, C, 3, 1, affine=True))
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(C_in, C, 1, bias=False))
+
+    def forward(self, x):
+        return self.shortcut(x) + self.convs(x)
+
+
+class SuperNet201(SuperNet):
+    """(B, 3, H, W) -> logits; H and W divisible by 4. layers: cells in all, in stages of C, 2C, 4C channels.
+
+    Source: D-X-Y/AutoDL-Projects, xautodl/models/cell_searchs/search_model_darts.py. As in our MixedOp, a
+    batch norm follows the pool, so that every operation but the skip connection is normalized.
+    """
+
+    def __init__(self, C=16, layers=15, num_classes=10, node_norm=False, sqrt_beta=False):
+        nn.Module.__init__(self)
+        self.space, self.sqrt_beta = SPACE, sqrt_beta
+        stages = [cifar_stem(C)]
+        for stage in range(3):
+            stages += [Residual(C // 2, C)] if stage else []
+            stages += [Cell(C, node_norm) for _ in range(layers // 3)]
+            C *= 2
+        self.stages = nn.ModuleList(stages)
+        self.norm = nn.BatchNorm2d(C // 2)
+        self.classifier = nn.Linear(C // 2, num_classes)
+        self.alphas = make_alphas(SPACE)
+
+    def forward(self, x):
+        beta = self.mixing_weights()["cell"]
+        for stage in self.stages:
+            x = stage(x, beta) if isinstance(stage, Cell) else stage(x)
+        return self.classifier(F.relu(self.norm(x)).mean((2, 3)))
+
+
+def make_net(args, num_classes):
+    return SuperNet201(args.init_channels, args.layers, num_classes, args.node_norm, args.sqrt_beta)
+
+
+# ---------------------------------------------------------------- the search
+
+def search201(args, run):
+    parts = search.make_parts(args, make_net)
+    search.begin(parts, run)
+    for epoch in range(run.epoch, args.epochs):
+        record = search.train_epoch(parts, epoch)
+        search.validate(parts, record)
+        operations = parts.net.betas()["cell"].argmax(1).tolist()       # the largest beta; ties: the first
+        values, rank = look_up(operations)
+        record |= {"cell": to_text(operations), "accuracies": values, "rank": rank}
+        search.keep(parts, run, record)
+        run.say(search.epoch_line(record, f"{record['cell']} {describe(operations)}"))
+    if run.main:
+        write(run.result, json.dumps(summary(args, run.log)))
+        run.say(f"{run.result}: {record['cell']}\n{describe(operations)}")
+
+
+def summary(args, log):
+    """A run as a line of nasbench201.jsonl. flags: those that are not at their defaults. cells, accuracy (on
+    CIFAR-10): one an epoch; a cell is None if it is that of the epoch before. betas: at the end, (6, 5)."""
+    parser, cells = make_parser(), [record["cell"] for record in log]
+    flags = {flag: value for flag, value in vars(args).items()
+             if value != parser.get_default(flag) and flag not in ("data", "out", "resume", "device")}
+    changed = [cell if cell != before else None for cell, before in zip(cells, [None, *cells])]
+    betas = torch.tensor(log[-1]["alphas"]["cell"]).softmax(1)
+    return {"method": METHODS.get(method(vars(args)), method(vars(args))), "seed": args.seed, "flags": flags,
+            "cells": changed, "accuracy": [record["accuracies"]["CIFAR-10"] for record in log],
+            "betas": [[round(beta, 4) for beta in row] for row in betas.tolist()]}
+
+
+# ---------------------------------------------------------------- comparison of methods
+
+def rank_sum_p(x, y):
+    """Two-sided p of the rank-sum test, exact with ties: the share of all ways to divide the values in which
+    the sum of x's ranks is as far from its mean or farther."""
+    values = np.array([*x, *y])
+    ranks = [(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values]
+    sums = np.array([sum(part) for part in itertools.combinations(ranks, len(x))])
+    return float((abs(sums - sums.mean()) >= abs(sum(ranks[:len(x)]) - sums.mean()) - 1e-9).mean())
+
+
+# ---------------------------------------------------------------- the command
+
+def make_parser():
+    parser = search.make_parser("experiments.nasbench201", __doc__)
+    parser.set_defaults(space="nasbench201", layers=15)
+    parser.add_argument("--cell", help="print the accuracies of a cell, and its rank on CIFAR-10, and end")
+    return parser
+
+
+def parse(arguments):
+    parser = make_parser()
+    args = search.parse(arguments, parser)
+    if args.space != "nasbench201" or args.stem_multiplier != 3:
+        raise SystemExit("--space and --stem_multiplier belong to search.py: leave them out")
+    if args.layers % 3:
+        raise SystemExit(f"--layers {args.layers} is not a multiple of 3, for three stages of as many cells")
+    return args
+
+
+def main(arguments):
+    args = parse(arguments)
+    if args.cell is not None:
+        try:
+            return print(describe(from_text(args.cell)))
+        except ValueError as error:
+            raise SystemExit(f"--cell: {error}") from None
+    rank, world = join()
+    check_processes(args, world)
+    with Run(args, "result.json", main=rank == 0) as run:
+        search201(args, run)
+
+
+if __name__ == "__main__":
+    start(main)
