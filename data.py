@@ -1,11 +1,13 @@
-"""Data sets and augmentation. Small images live on the device as uint8 and are augmented there, in batches.
+"""Data sets, augmentation and batches.
 
-Constants: DARTS (CIFAR-10) and RobustDARTS (CIFAR-100, SVHN). `digits` is in this repository; torchvision
-reads the others, and downloads what is missing. ImageNet streams from disk through worker processes.
+Small images live on the device as uint8 and are augmented there, a batch at a time. Constants:
+DARTS (CIFAR-10) and RobustDARTS (CIFAR-100, SVHN). `digits` is in this repository; torchvision
+reads the others, and downloads what is missing. ImageNet streams from disk by worker processes.
 """
 import functools
-import os
 import signal
+import unicodedata
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +19,11 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from run import differing, make_seed, progress, reason
+from run import RANK, WORLD, differing, make_seed, progress, read_json, reason, say
 
 
 class Spec(NamedTuple):
-    """size: the side in pixels. mean, std: by channel, of pixels in [0, 1]. flip: mirror at random."""
+    """size: side in pixels. mean, std: by channel, of pixels in [0, 1]. flip: mirror at random."""
     size: int
     mean: tuple
     std: tuple
@@ -29,7 +31,8 @@ class Spec(NamedTuple):
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR10_MEAN, CIFAR10_STD = (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)
+CIFAR10_MEAN = (0.49139968, 0.48215827, 0.44653124)
+CIFAR10_STD = (0.24703233, 0.24348505, 0.26158768)
 DATASETS = {
     "cifar10": Spec(32, CIFAR10_MEAN, CIFAR10_STD),                             # DARTS
     "cifar100": Spec(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),   # RobustDARTS
@@ -47,65 +50,88 @@ FILES = {                                                   # what torchvision r
 
 
 class Split(NamedTuple):
-    """images: uint8 (N, H, W, 3). labels: int64 (N,). classes: names. spec: the data set's constants."""
+    """A split, or a part of one, in memory.
+
+    images: uint8 (N, H, W, 3). labels: int64 (N,). classes: names. spec: of these images.
+    name: the whole split's number of images and checksum.
+    """
     images: torch.Tensor
     labels: torch.Tensor
-    classes: tuple
+    classes: list
     spec: Spec
-
-    def part(self, start, stop):
-        return self.take(slice(start, stop))
+    name: str
 
     def take(self, indices):
         return self._replace(images=self.images[indices], labels=self.labels[indices])
 
-    def to(self, device):
-        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+class DiskSplit(NamedTuple):
+    """A split, or a part of one, that stays on disk: the images of `folder` numbered `kept`."""
+    folder: datasets.ImageFolder
+    kept: torch.Tensor
+    labels: torch.Tensor
+    classes: list
+    spec: Spec
+    name: str
+    device: torch.device
+    workers: int
+
+    def take(self, indices):
+        return self._replace(kept=self.kept[indices], labels=self.labels[indices])
 
 
 # ---------------------------------------------------------------- reading
 
-def load(name, root, train, image_size=None, limit=None):
-    """The train or test split of a data set that fits in memory; SystemExit if it is missing or damaged.
+def open_split(args, train, device, spec=None, augmented=None):
+    """The train or test split of --data, as a Split on the device or, of ImageNet, as a DiskSplit.
 
-    image_size: the side to which images are resized, by area. limit: of training images, take the first only.
+    spec: what a trained network was trained with, by default that of the data set at --image_size.
+    augmented: on disk, whether images come as DARTS trains or as it tests on them (default: train).
+    SystemExit if images are missing or damaged.
     """
-    spec, limit = DATASETS[name], limit if train else None
-    size = image_size or spec.size
-    if name == "imagenet":
-        raise SystemExit("imagenet does not fit in memory: only search.py, proxy.py and retrain.py read it")
+    default = DATASETS[args.dataset]
+    spec = spec or default._replace(size=args.image_size or default.size)
+    limit = args.limit if train else None
+    if args.dataset == "imagenet":
+        return open_imagenet(args, train, device, spec, train if augmented is None else augmented)
+    images, labels, classes = load(args.dataset, args.data, train, spec.size, limit)
+    checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
+    name = f"{len(images)} images of {len(classes)} classes, checksum {checksum:08x}"
+    return Split(images.to(device), labels.to(device), classes, spec, name)
+
+
+def load(name, root, train, size, limit=None):
+    """(images, labels, names of the classes), images resized by area; the first `limit` only."""
     if name == "folder":
         images, labels, classes = load_folder(Path(root), train, size, limit)
     elif name == "digits":
         images, labels, classes = load_digits(train)
     else:
         images, labels, classes = load_torchvision(name, Path(root), train)
-    images, labels = torch.as_tensor(images[:limit]), torch.as_tensor(labels[:limit]).long()
+    images = torch.as_tensor(images[:limit])
+    labels = torch.as_tensor(labels[:limit]).long()
     if images.dim() == 3:                                   # grey: three equal channels
         images = images[..., None].expand(-1, -1, -1, 3)
-    if images.shape[1] != size:                             # in parts: floats take four times the memory
-        resized = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
-        for before, after in zip(images.split(1000), resized.split(1000)):
-            after.copy_(resize(before, size))
-        images = resized
-    return Split(images.contiguous(), labels, tuple(map(str, classes)), spec)
+    if images.shape[1] != size:                             # in parts: floats take four times
+        images = torch.cat([resize(part, size) for part in images.split(1000)])     # the memory
+    return images.contiguous(), labels, [*map(str, classes)]
 
 
 def resize(images, size):
-    """uint8 images (B, H, W, 3) to size x size: each new pixel is the mean of the area it covers."""
+    """uint8 images (B, H, W, 3) to size x size: a new pixel is the mean of the area it covers."""
     images = F.interpolate(images.permute(0, 3, 1, 2).float(), (size, size), mode="area")
     return images.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def load_digits(train):
     with np.load(Path(__file__).with_name("digits.npz")) as file:
-        images, labels = file["images"] * 255.0 / 16, file["labels"]            # 8x8, values 0 to 16
-    part = slice(0, 1437) if train else slice(1437, None)                       # of 1,797
+        images, labels = file["images"] * 255.0 / 16, file["labels"]    # 8x8, values 0 to 16
+    part = slice(0, 1437) if train else slice(1437, None)               # of 1,797
     return images.round().astype(np.uint8)[part], labels[part], range(10)
 
 
 def load_torchvision(name, root, train):
-    """Images (N, H, W, 3) or (N, H, W), labels, classes. torchvision downloads what is missing or damaged."""
+    """Images (N, H, W, 3) or (N, H, W), labels, classes. torchvision downloads what is missing."""
     try:
         if name == "svhn":
             data = datasets.SVHN(root, "train" if train else "test", download=True)
@@ -116,74 +142,124 @@ def load_torchvision(name, root, train):
     except ModuleNotFoundError as error:
         raise SystemExit(f"torchvision reads {name} with {error.name}, which is not installed: "
                          f"pip install {error.name}") from None
-    except Exception as error:                              # missing, no network, damaged in any way
-        raise SystemExit(f"{name} cannot be read under {root} or downloaded ({reason(error)}): put "
-                         f"{FILES[name]} there, or see --data; --dataset digits needs no files") from None
+    except Exception as error:                              # missing, damaged, no network
+        raise SystemExit(
+            f"{name} cannot be read under {root} or downloaded ({reason(error)}): put "
+            f"{FILES[name]} there, or see --data; --dataset digits needs no files") from None
 
 
 # ---------------------------------------------------------------- folders of images
 
+class ImageError(Exception):
+    """An image that cannot be read, in one line."""
+
+
 class ImageFolder(datasets.ImageFolder):
-    """torchvision's, of root/train or root/val. It says what it found, and names what it cannot read."""
+    """torchvision's, of root/train or root/val. It says what it found and what it cannot read."""
 
     def __init__(self, root, train, transform):
-        folder = root / ("train" if train else "val")
+        folder, self.left_out = root / ("train" if train else "val"), 0
+        needed = f"{folder}/CLASS/IMAGE is needed"
         try:
-            super().__init__(folder, transform, loader=read_image)
+            super().__init__(folder, transform, loader=read_image, is_valid_file=self.is_image)
         except (OSError, ValueError) as error:
-            raise SystemExit(f"{folder}/CLASS/IMAGE is needed, and is missing ({reason(error)})") from None
+            raise SystemExit(f"{needed}, and is missing ({reason(error)})") from None
+        self.classes = class_names(self.class_to_idx)
         if len(self.classes) < 2:
-            raise SystemExit(f"{folder}/CLASS/IMAGE is needed, with more classes than {self.classes[0]}")
+            raise SystemExit(f"{needed}, with more classes than {self.classes[0]}")
         if not train and (root / "train").is_dir():
-            classes, _ = self.find_classes(root / "train")
+            classes = class_names(self.find_classes(root / "train")[1])
             if classes != self.classes:
                 raise SystemExit(f"{root}/train and {root}/val: {differing(classes, self.classes)}")
-        others = sum(len(files) for _, _, files in os.walk(folder)) - len(self)
-        left_out = f", {others} other files left out" if others else ""
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{folder}: {len(self.classes)} classes, {len(self)} images{left_out}", flush=True)
+        left_out = f", {self.left_out} other files left out" if self.left_out else ""
+        say(f"{folder}: {len(self.classes)} classes, {len(self)} images{left_out}")
 
     def find_classes(self, folder):
-        classes, _ = super().find_classes(folder)
-        classes = [name for name in classes if not name.startswith(".")]
-        return classes, {name: k for k, name in enumerate(classes)}
+        """Numbers classes by their names in one form: copies from macOS have accents apart."""
+        names = [name for name in super().find_classes(folder)[0] if not name.startswith(".")]
+        names.sort(key=lambda name: unicodedata.normalize("NFC", name))
+        return names, {name: k for k, name in enumerate(names)}
+
+    def is_image(self, path):
+        known = datasets.folder.has_file_allowed_extension(path, datasets.folder.IMG_EXTENSIONS)
+        self.left_out += not known
+        return known
+
+
+def class_names(numbers):
+    return [unicodedata.normalize("NFC", name) for name in numbers]
 
 
 def read_image(path):
-    """An RGB image. Raises RuntimeError, with its name, if it is not an image of eight bits."""
+    """An RGB image. Raises ImageError, with its name, if it is not one image of eight bits."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"pixels of mode {image.mode}, which do not fit in eight bits")
+            if image.format == "TIFF" and image.n_frames > 1:
+                raise ValueError(f"it has {image.n_frames} pages")
             return image.convert("RGB")
     except Exception as error:                              # PIL fails in many ways
-        raise RuntimeError(f"{path} cannot be read ({reason(error)})") from None
+        raise ImageError(f"{path} cannot be read ({reason(error)})") from None
 
 
-def shuffled(count, limit):
+def shuffled(count, limit=None):
     """The first `limit` of a fixed order: files come sorted by class, and every part needs all."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
 
 
 def load_folder(root, train, size, limit):
-    data = ImageFolder(root, train, lambda image: resize(torch.as_tensor(np.array(image))[None], size)[0])
-    order = shuffled(len(data), limit)
+    def to_tensor(image):
+        return resize(torch.as_tensor(np.array(image))[None], size)[0]
+    folder = ImageFolder(root, train, to_tensor)
+    order = shuffled(len(folder), limit)
     images = torch.empty(len(order), size, size, 3, dtype=torch.uint8)
     for k, index in enumerate(progress(order.tolist(), "reading images", len(order))):
         try:
-            images[k] = data[index][0]
-        except RuntimeError as error:
+            images[k] = folder[index][0]
+        except ImageError as error:
             raise SystemExit(str(error)) from None
-    return images, torch.tensor(data.targets)[order], data.classes
+    return images, torch.tensor(folder.targets)[order], folder.classes
+
+
+def open_imagenet(args, train, device, spec, augmented):
+    """Transforms: quark0/darts, cnn/train_imagenet.py."""
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.2)
+    crop = [v2.Resize(spec.size * 8 // 7), v2.CenterCrop(spec.size)]            # 256 and 224
+    if augmented:
+        crop = [v2.RandomResizedCrop(spec.size), v2.RandomHorizontalFlip(), jitter]
+    to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, True)]
+    transform = v2.Compose([*crop, *to_float, v2.Normalize(spec.mean, spec.std)])
+    folder = ImageFolder(Path(args.data), train, transform)
+    kept = shuffled(len(folder), args.limit if train else None)
+    files = [(str(Path(path).relative_to(folder.root)), label) for path, label in folder.samples]
+    name = (f"{len(kept)} images of {len(folder.classes)} classes, checksum "
+            f"{zlib.crc32(repr(files).encode()):08x} of the names")
+    labels = torch.tensor(folder.targets)[kept]
+    return DiskSplit(folder, kept, labels, folder.classes, spec, name, device, args.workers)
+
+
+def read_proxy(args, split):
+    """The halves that --proxy chose, for w and for alpha. A run has a copy of the file."""
+    copy = Path(args.out, "proxy.json")
+    path = copy if copy.exists() else args.proxy
+    proxy = read_json(path)
+    if proxy.get("program") != "proxy.py":
+        raise SystemExit(f"{path} was not written by proxy.py")
+    if proxy.get("split") != split.name:
+        raise SystemExit(f"{path} is about {proxy.get('split')}, not about the {split.name} of "
+                         f"--dataset {args.dataset} in {args.data}")
+    return [split.take(torch.tensor(proxy[half])) for half in ("w", "alpha")]
 
 
 # ---------------------------------------------------------------- augmentation
 
 def augment(images, uniform, spec, cutout=0):
-    """Augmented, normalized copies of uint8 images (B, H, W, 3): float (B, 3, H, W) in channels_last order.
+    """Augmented, normalized copies of uint8 images (B, H, W, 3): float (B, 3, H, W).
 
-    uniform: (B, 5) numbers in [0, 1), each image's own. In order: crop from the image padded by an eighth of
-    its side (4 pixels for 32, as in DARTS), flip, normalize, cut out a square of `cutout` pixels.
+    uniform: (B, 5) numbers in [0, 1), each image's own. In order: crop from the image padded by an
+    eighth of its side (4 pixels for 32, as in DARTS), flip, normalize, cut out a square of `cutout`
+    pixels.
     """
     B, H, W, _ = images.shape
     pad = (H + 4) // 8
@@ -202,7 +278,7 @@ def augment(images, uniform, spec, cutout=0):
 
 
 def cutout_mask(uniform, H, W, side):
-    """Where to cut: bool (B, 1, H, W), true in a square around a random pixel, where it lies in the image."""
+    """bool (B, 1, H, W): true in a square around a random pixel, as far as it lies in the image."""
     y, x = (uniform[:, 0] * H).long()[:, None], (uniform[:, 1] * W).long()[:, None]         # (B, 1)
     rows, columns = torch.arange(H, device=uniform.device), torch.arange(W, device=uniform.device)
     in_rows = (rows >= y - side // 2) & (rows < y - side // 2 + side)           # (B, H)
@@ -211,53 +287,66 @@ def cutout_mask(uniform, H, W, side):
 
 
 @functools.cache
-def constants(spec, device):                                # made once: a copy to a GPU would wait for it
-    return tuple(torch.tensor(value, dtype=torch.float32, device=device) for value in (spec.mean, spec.std))
+def constants(spec, device):                                # once: a copy to a GPU waits for it
+    return [torch.tensor(value, device=device)[:, None, None] for value in (spec.mean, spec.std)]
 
 
 def normalize(images, spec):
+    """uint8 (B, H, W, 3) to float (B, 3, H, W), contiguous: the weights set the layout."""
     mean, std = constants(spec, images.device)
-    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    return (images.permute(0, 3, 1, 2).contiguous() / 255 - mean) / std
 
 
 # ---------------------------------------------------------------- batches
 
-def batch_indices(count, batch_size, train, generator, rank=0, world=1):
-    """This process's share of every batch of an epoch, as index tensors; for training in random order.
+def share(order, batch_size, rank, world):
+    """Of an order of images, process `rank`'s part of every batch, as index tensors.
 
-    A batch for training is divided evenly: the last is cut to a multiple of the processes, and left out if a
-    process would get a single image of it, which batch norm cannot do.
+    All images train: the parts differ by one image at most, and what is left at the end and too
+    small for batch norm, two images in each process, joins the batch before.
     """
-    if not train:
-        return torch.arange(count)[rank::world].split(max(1, batch_size // world))
-    batches = torch.randperm(count, generator=generator).split(batch_size)
-    batches = [batch[:len(batch) // world * world] for batch in batches if len(batch) >= 2 * world]
-    if not batches:
-        raise SystemExit(f"{count} images are too few for a batch: each of {world} process(es) needs two")
+    *batches, last = order.split(batch_size)
+    if len(last) >= 2 * world:
+        batches.append(last)
+    elif batches:
+        batches[-1] = torch.cat([batches[-1], last])
+    else:
+        raise SystemExit(f"{len(order)} images are too few: each of {world} process(es) needs two")
     return [batch[rank::world] for batch in batches]
 
 
 class Batches:
-    """Batches of a split on its device: `for images, labels in batches.epoch(e)`, a function of seed and e.
+    """Batches of a split on its device: `for images, labels in batches.epoch(e)`.
 
-    train: in random order and augmented, which does not depend on the batch size or the number of processes.
-    Otherwise every image once, as it is. Process `rank` of `world` gets its share of every batch.
+    images: float (B, 3, H, W), labels: (B,). An epoch is a function of the seed and its number. To
+    train: in random order and augmented, each image alike whatever the batch size and the number of
+    processes. Otherwise every image once, as it is. Process `rank` of `world` gets its part.
     """
 
-    def __init__(self, split, batch_size, seed=None, cutout=0, train=True, rank=0, world=1):
-        self.split, self.seed, self.cutout, self.train, self.rank = split, seed, cutout, train, rank
-        self.classes, self.size, self.count = split.classes, split.images.shape[1], len(split.labels)
-        self.indices = functools.partial(batch_indices, self.count, batch_size, train, rank=rank, world=world)
-        self.steps = len(self.indices(torch.Generator()))
+    def __init__(self, split, batch_size, seed=None, cutout=0, train=True, rank=RANK, world=WORLD):
+        self.split, self.batch_size, self.seed, self.cutout = split, batch_size, seed, cutout
+        self.train, self.rank, self.world, self.count = train, rank, world, len(split.labels)
+        self.steps = len(self.indices(torch.arange(self.count)))
+
+    def indices(self, order):
+        if self.train:
+            return share(order, self.batch_size, self.rank, self.world)
+        part = order[self.rank::self.world]
+        return part.split(max(1, self.batch_size // self.world)) if len(part) else ()
+
+    def draw(self, epoch):
+        """(order of the images, generator) of an epoch."""
+        generator = torch.Generator().manual_seed(make_seed(self.seed, "epoch", epoch))
+        if self.train:
+            return torch.randperm(self.count, generator=generator), generator
+        return torch.arange(self.count), generator
 
     def epoch(self, epoch, skip=0):
-        """The batches of an epoch; without the first `skip`."""
-        images, labels, _, spec = self.split
-        generator = torch.Generator().manual_seed(make_seed(self.seed, "epoch", epoch))
-        indices = self.indices(generator)
-        uniform = torch.rand(self.count, 5, generator=generator).to(labels.device)  # five for every image
-        for batch in indices[skip:]:
-            batch = batch.to(labels.device)
+        """The batches of an epoch, without the first `skip`. The loop never waits for a GPU."""
+        images, labels, _, spec, _ = self.split
+        order, generator = self.draw(epoch)
+        uniform = torch.rand(self.count, 5, generator=generator).to(labels.device)  # of each image
+        for batch in self.indices(order.to(labels.device))[skip:]:
             if self.train:
                 yield augment(images[batch], uniform[batch], spec, self.cutout), labels[batch]
             else:
@@ -271,51 +360,41 @@ class Batches:
             epoch, skip = epoch + 1, 0
 
 
-# ---------------------------------------------------------------- ImageNet
-
-def imagenet_folder(args, train, augmented):
-    """The images in train/ or val/ of --data, as DARTS's train_imagenet.py has them to train or to test."""
-    spec, size = DATASETS["imagenet"], args.image_size or DATASETS["imagenet"].size
-    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.2)
-    crop = ([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), jitter] if augmented else
-            [v2.Resize(size * 8 // 7), v2.CenterCrop(size)])                    # 256 and 224
-    to_floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, True), v2.Normalize(spec.mean, spec.std)]
-    return ImageFolder(Path(args.data), train, v2.Compose([*crop, *to_floats]))
-
-
-class ImageNet(Batches):
-    """Batches of ImageNet, or of a folder like it, from disk.
-
-    folder, kept: images, and the numbers of those to use; by default --limit of the train or val split.
-    """
-
-    def __init__(self, args, train, seed, device, rank=0, world=1, folder=None, kept=None):
-        self.folder = imagenet_folder(args, train, train) if folder is None else folder
-        self.kept = shuffled(len(self.folder), args.limit if train else None) if kept is None else kept
-        self.classes, self.count = tuple(self.folder.classes), len(self.kept)
-        self.size = args.image_size or DATASETS["imagenet"].size
-        self.seed, self.workers, self.device, self.rank = seed, args.workers, device, rank
-        share = {"rank": rank, "world": world}
-        self.indices = functools.partial(batch_indices, self.count, args.batch_size, train, **share)
-        self.steps = len(self.indices(torch.Generator()))
+class DiskBatches(Batches):
+    """Batches of images on disk, read by worker processes."""
 
     def __getitem__(self, key):
-        """For the loader: an image of an epoch. Its random numbers are its own, whatever process reads it."""
+        """For the loader: an image. Its random numbers are its own, whatever process reads it."""
         epoch, index = key
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(make_seed(self.seed, "image", epoch, index))
-            return self.folder[self.kept[index].item()]
+            return self.split.folder[self.split.kept[index].item()]
 
     def epoch(self, epoch, skip=0):
-        order = torch.Generator().manual_seed(make_seed(self.seed, "epoch", epoch))
-        keys = ([(epoch, index) for index in batch.tolist()] for batch in self.indices(order)[skip:])
-        loader = DataLoader(self, batch_sampler=keys, num_workers=self.workers, generator=order,
-                            pin_memory=self.device.type == "cuda")
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})   # the workers keep it blocked: Ctrl-C is
-        loader = iter(loader)                                       # for this process, which then ends them
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        order, generator = self.draw(epoch)
+        indices = self.indices(order)[skip:]
+        keys = ([(epoch, index) for index in batch.tolist()] for batch in indices)
+        device = self.split.device
+        loader = DataLoader(self, batch_sampler=keys, num_workers=self.split.workers,
+                            generator=generator, pin_memory=device.type == "cuda")
+        for images, labels in read(loader):
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def read(loader):
+    """A loader's batches. Its workers keep SIGINT blocked: Ctrl-C is for us, and we end them."""
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for images, labels in loader:
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        except RuntimeError as error:                       # of read_image, or a worker process was killed
-            raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")) from None
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        yield from batches
+    except (ImageError, RuntimeError) as error:             # of read_image, or a killed worker
+        line = str(error).strip().splitlines()[-1]
+        raise SystemExit(line.removeprefix("data.ImageError: ")) from None
+
+
+def make_batches(split, *given, **options):
+    """The Batches of a Split or of a DiskSplit."""
+    return (DiskBatches if isinstance(split, DiskSplit) else Batches)(split, *given, **options)

@@ -1,26 +1,26 @@
-"""LARC: SGD with momentum and one learning rate per tensor. Section 4.2 of the paper. Needs torch alone.
+"""LARC: SGD with momentum and one learning rate per tensor. Section 4.2. Needs torch alone.
 
     optimizer = LARC(net.parameters(), lr=0.025, momentum=0.9, weight_decay=5e-3)
 
 For each tensor w with gradient g, global rate lr, weight decay b and trust coefficient t:
 
-    ratio     a = t * |w| / (|g| + b * |w| + 1e-8)      2-norms over the whole tensor
-    gradient  d = g + b * w                             the decay is scaled together with the gradient
-    scale     f = a              (the default)          local rate lr a: as in the paper if t = 1, b = 0
-              f = min(a / lr, 1) (clip=True)            local rate min(a, lr): LARC as NVIDIA's apex has it
-              f = 1              if |w| or |g| is 0     no ratio exists; the decay still applies
-    step      m <- momentum * m + f * d,  w <- w - lr * m
+    ratio     a = t |w| / (|g| + b |w| + 1e-8)    2-norms over the whole tensor
+    gradient  d = g + b w                         the decay is scaled together with the gradient
+    scale     f = a               by default      local rate lr a: the paper's if t = 1, b = 0
+              f = min(a / lr, 1)  with clip=True  local rate min(a, lr): as NVIDIA's apex has it
+              f = 1               if |w| or |g| is 0: no ratio exists; the decay still applies
+    step      m <- momentum m + f d,  w <- w - lr m
 
-| source                                    | local rate                      | decay            | t     |
-|-------------------------------------------|---------------------------------|------------------|-------|
-| the paper, section 4.2                    | lr |w| / |g|                    | not mentioned    | none  |
-| LARS (arXiv 1708.03888)                   | lr t |w| / (|g| + b |w|)        | in d and ratio   | 0.001 |
-| NVIDIA OpenSeq2Seq, LARC                  | min(lr, t |w| / |g|)            | not in the ratio | < 1   |
-| apex 2ec84eb, LARC(clip=False)            | lr t |w| / (|g| + b |w| + eps)  | in d and ratio   | 0.02  |
-| apex 2ec84eb, LARC(), the authors' release| min(lr, t |w| / (|g| + b |w| + eps)) | in d and ratio | 0.02 |
+| source                              | local rate                      | decay            | t     |
+|-------------------------------------|---------------------------------|------------------|-------|
+| the paper, section 4.2              | lr |w| / |g|                    | not mentioned    | none  |
+| LARS (arXiv 1708.03888)             | lr t |w| / (|g| + b |w|)        | in d and ratio   | 0.001 |
+| NVIDIA OpenSeq2Seq, LARC            | min(lr, t |w| / |g|)            | not in the ratio | < 1   |
+| apex 2ec84eb, LARC(clip=False)      | lr t |w| / (|g| + b |w| + eps)  | in d and ratio   | 0.02  |
+| apex's LARC(), the authors' release | the lesser of lr and that / lr  | in d and ratio   | 0.02  |
 
-Unlike apex's wrapper this is an Optimizer itself: schedulers, state_dict and zero_grad see what they expect.
-Where apex leaves tensors of zero norm without weight decay, they have it here.
+Unlike apex's wrapper this is an Optimizer itself: schedulers, state_dict and zero_grad see what
+they expect. Where apex leaves tensors of zero norm without weight decay, they have it here.
 """
 import torch
 
@@ -28,12 +28,13 @@ EPS = 1e-8                                                  # apex's
 
 
 class LARC(torch.optim.Optimizer):
-    """params: tensors or groups, all on one device; trust_coefficient: t above; clip: the release's form."""
+    """params: tensors or groups, all on one device. trust_coefficient: t above. clip: see above."""
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=1.0, clip=False):
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=1.0,
+                 clip=False):
         if lr < 0 or momentum < 0 or weight_decay < 0 or trust_coefficient <= 0:
-            raise ValueError("LARC needs lr, momentum and weight_decay >= 0 and trust_coefficient > 0, not "
-                             f"{lr}, {momentum}, {weight_decay} and {trust_coefficient}")
+            raise ValueError(f"LARC needs lr, momentum and weight_decay >= 0 and trust_coefficient "
+                             f"> 0, not {lr}, {momentum}, {weight_decay} and {trust_coefficient}")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
                                   "trust_coefficient": trust_coefficient, "clip": clip})
 
@@ -52,17 +53,17 @@ class LARC(torch.optim.Optimizer):
     def step_group(self, group, params):
         """One step for all tensors of a group at once; the CPU never waits for the GPU."""
         grads = [p.grad for p in params]
-        factors = local_factors(params, grads, group["lr"], group["weight_decay"], group["trust_coefficient"],
-                                group["clip"])
-        steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])          # d = g + b w
-        torch._foreach_mul_(steps, factors)                                             # f d
+        factors = local_factors(params, grads, group["lr"], group["weight_decay"],
+                                group["trust_coefficient"], group["clip"])
+        steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])  # d = g + b w
+        torch._foreach_mul_(steps, factors)                                     # f d
         if group["momentum"] > 0:
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, steps)                                         # m
+            torch._foreach_add_(buffers, steps)                                 # m
             steps = buffers
         torch._foreach_add_(params, steps, alpha=-group["lr"])
 

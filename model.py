@@ -1,20 +1,23 @@
-"""The networks: the paper's mixed operation, cell and super-network; the derived network; DARTS's operations.
+"""The paper's mixed operation, cell and super-network; the derived network; DARTS's operations.
 
-Sections 2.2 (Eq. 1), 4.1 (Eq. 3) and 4.3 (Eq. 6). Whatever the paper leaves to DARTS follows quark0/darts,
-cnn/{operations,model_search,model}.py at commit f276dd3. Needs only torch.
+Sections 2.2 (Eq. 1), 4.1 (Eq. 3) and 4.3 (Eq. 6). Whatever the paper leaves to DARTS follows
+quark0/darts, cnn/{operations,model_search,model}.py at commit f276dd3. Needs only torch.
 """
+import contextlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# ---------------------------------------------------------------- the mixed operation (sections 2.2 and 4.3)
+# ---------------------------------------------------------------- mixed operation (2.2 and 4.3)
 
 def mixing_weights(alpha, sqrt_beta=False):
-    """beta = softmax(alpha) (Eq. 1) or, with `sqrt_beta`, its square root (Eq. 6), over the last dimension.
+    """beta = softmax(alpha) over the last dimension, Eq. 1, or with `sqrt_beta` its root, Eq. 6.
 
-    The root is taken in the logarithm: sqrt(softmax(alpha)) itself has a NaN gradient once a beta underflows.
+    The root is taken in the logarithm: sqrt(softmax(alpha)) itself has a NaN gradient once a beta
+    underflows.
     """
     if sqrt_beta:
         return torch.exp(0.5 * F.log_softmax(alpha, dim=-1))  # Eq. 6
@@ -24,34 +27,38 @@ def mixing_weights(alpha, sqrt_beta=False):
 class MixedOp(nn.Module):
     """The mixed operation on an edge, Eq. 1: the sum over o of beta_o * o(x).
 
-    x: (B, C, H, W). beta: (operations,), in the order of `primitives`; any other number raises ValueError.
-    Returns (B, C, H/stride, W/stride). As in DARTS, batch norms have no affine part; each pool has one.
+    x: (B, C, H, W). beta: (operations,), in the order of `primitives`; any other number raises
+    ValueError. Returns (B, C, H/stride, W/stride), in beta's precision: bfloat16 could not tell a
+    beta of 0.1253 from 0.125. As in DARTS, batch norms have no affine part; each pool has one.
     """
 
     def __init__(self, C, stride, primitives):
         super().__init__()
         self.primitives, self.stride, self.ops = primitives, stride, nn.ModuleDict()
         for name in primitives:
-            if name != "none":                              # zeros: it has its beta, but adds nothing
+            if name != "none":                              # it has its beta, but adds zeros
                 op = OPS[name](C, stride, affine=False)
-                self.ops[name] = nn.Sequential(op, nn.BatchNorm2d(C, affine=False)) if "pool" in name else op
+                if "pool" in name:
+                    op = nn.Sequential(op, nn.BatchNorm2d(C, affine=False))
+                self.ops[name] = op
 
     def forward(self, x, beta):
         x_relu = F.relu(x)                                  # most operations begin with it
-        mixed = torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
+        mixed = torch.zeros_like(x[:, :, ::self.stride, ::self.stride], dtype=beta.dtype)
         for name, beta_o in zip(self.primitives, beta, strict=True):
             if name != "none":
                 op = self.ops[name]
-                mixed += beta_o * (op.body(x_relu) if isinstance(op, ReLUFirst) else op(x))  # Eq. 1
+                y = op.body(x_relu) if isinstance(op, ReLUFirst) else op(x)
+                mixed.addcmul_(y, beta_o)                   # Eq. 1: mixed += beta_o * o(x)
         return mixed
 
 
-# ---------------------------------------------------------------- the super-network (sections 2.2 and 4.1)
+# ---------------------------------------------------------------- super-network (2.2 and 4.1)
 
 class SearchCell(nn.Module):
-    """A cell of the super-network. Nodes 0 and 1 are its inputs; every later node sums the edges into it.
+    """A cell of the super-network. Nodes 0 and 1 are its inputs; each later node sums its edges.
 
-    edges: {(i, j): primitives} for every i < j, as in `genotypes.SPACES`. Returns later nodes, concatenated.
+    edges: {(i, j): primitives} for every i < j, as in `genotypes.SPACES`.
     """
 
     def __init__(self, edges, C_prev_prev, C_prev, C, reduction, reduction_prev, node_norm):
@@ -68,11 +75,14 @@ class SearchCell(nn.Module):
             self.normalize.append(nn.BatchNorm2d(C, affine=False) if node_norm else nn.Identity())
 
     def forward(self, s0, s1, beta):
-        """s0, s1: outputs of the two cells before; beta: (edges, operations), in the order of the edges."""
+        """s0, s1: outputs of the two cells before. beta: (edges, operations), in the edges' order.
+
+        Returns the later nodes, concatenated: (B, 4 C, H, W), in a reduction (B, 4 C, H/2, W/2).
+        """
         return torch.cat(self.nodes([self.preprocess0(s0), self.preprocess1(s1)], beta)[2:], dim=1)
 
     def nodes(self, states, beta):
-        """Every node's output, (B, C, H, W) each. states: those of the cell's inputs, which come first."""
+        """Every node's output, (B, C, H, W) each. states: those of the cell's inputs, the first."""
         beta = dict(zip(self.edges, beta, strict=True))
         for normalize in self.normalize:
             j = len(states)
@@ -82,28 +92,29 @@ class SearchCell(nn.Module):
 
 
 class SuperNet(nn.Module):
-    """The super-network, (B, 3, H, W) -> logits (B, num_classes); H and W at least 8, odd sizes too.
+    """The super-network, (B, 3, H, W) -> logits (B, num_classes). H, W: 8 or more, odd or even.
 
     space: {"normal": edges, "reduce": edges}, as for SearchCell, the same number of operations.
-    node_norm: Eq. 3. sqrt_beta: Eq. 6. `weights` are all parameters but the `alphas`. imagenet: the two stems
-    of the derived network's ImageNet form, as in model_search_imagenet.py of nabk89/NAS-with-Proxy-data.
+    node_norm: Eq. 3. sqrt_beta: Eq. 6. imagenet: the two stems of the derived network's ImageNet
+    form, as in model_search_imagenet.py of nabk89/NAS-with-Proxy-data.
     """
-    amp = False                                             # True: the loss is in bfloat16 (run.place)
+    autocast = contextlib.nullcontext()                     # run.place sets it for bfloat16
 
     def __init__(self, space, C=16, layers=8, num_classes=10, node_norm=False, sqrt_beta=False,
                  stem_multiplier=3, imagenet=False):
         super().__init__()
         self.space, self.sqrt_beta = space, sqrt_beta
         C_prev_prev = C_prev = stem_multiplier * C
-        self.stem, self.stem1 = imagenet_stem(C_prev) if imagenet else (cifar_stem(C_prev), nn.Identity())
+        self.stem, self.stem1 = make_stems(C_prev, imagenet)
         self.cells, self.cell_types, reduction_prev = nn.ModuleList(), [], imagenet
         for layer in range(layers):
             reduction = layer in reductions(layers)
             C = 2 * C if reduction else C
             cell_type = "reduce" if reduction else "normal"
-            cell = SearchCell(space[cell_type], C_prev_prev, C_prev, C, reduction, reduction_prev, node_norm)
-            C_prev_prev, C_prev, reduction_prev = C_prev, C * len(cell.normalize), reduction
-            self.cells.append(cell)
+            self.cells.append(SearchCell(space[cell_type], C_prev_prev, C_prev, C, reduction,
+                                         reduction_prev, node_norm))
+            C_prev_prev, C_prev = C_prev, C * len(self.cells[-1].normalize)
+            reduction_prev = reduction
             self.cell_types.append(cell_type)
         self.classifier = nn.Linear(C_prev, num_classes)
         self.alphas = make_alphas(space)
@@ -115,36 +126,45 @@ class SuperNet(nn.Module):
 
     @torch.no_grad()
     def betas(self):
-        """{"normal" or "reduce": softmax(alpha), (edges, operations)}: what the derivation reads."""
+        """{"normal" or "reduce": softmax(alpha), (edges, operations)}, for the derivation."""
         return {cell_type: mixing_weights(alpha) for cell_type, alpha in self.alphas.items()}
 
     def mixing_weights(self):
         """{cell type: (edges, operations)}: beta (Eq. 1) or its root (Eq. 6)."""
-        return {cell_type: mixing_weights(alpha, self.sqrt_beta) for cell_type, alpha in self.alphas.items()}
+        return {cell_type: mixing_weights(alpha, self.sqrt_beta)
+                for cell_type, alpha in self.alphas.items()}
 
     def forward(self, x):
-        beta, s0 = self.mixing_weights(), self.stem(x)
+        beta = self.mixing_weights()
+        with self.autocast:
+            x = self.features(x, beta)
+        return self.classifier(x.to(self.classifier.weight.dtype))
+
+    def features(self, x, beta):                            # (B, channels of the last cell)
+        s0 = self.stem(x)
         s1 = self.stem1(s0)
         for cell_type, cell in zip(self.cell_types, self.cells):
             s0, s1 = s1, cell(s0, s1, beta[cell_type])
-        return self.classifier(s1.mean((2, 3)))
+        return s1.mean((2, 3))
 
 
 def make_alphas(space):
     """{cell type: (edges, operations)}, (14, 8) in DARTS's space, near 0 as in DARTS."""
-    return nn.ParameterDict({cell_type: 1e-3 * torch.randn(len(edges), len(next(iter(edges.values()))))
-                             for cell_type, edges in space.items()})
+    shapes = {cell_type: (len(edges), len(next(iter(edges.values()))))
+              for cell_type, edges in space.items()}
+    return nn.ParameterDict({cell_type: 1e-3 * torch.randn(shape)
+                             for cell_type, shape in shapes.items()})
 
 
 def reductions(layers):
-    """The cells that halve the size and double the channels: those at one and two thirds of the depth."""
+    """The cells that halve the size and double the channels: at one and two thirds of the depth."""
     return layers // 3, 2 * layers // 3
 
 
-# ---------------------------------------------------------------- the derived network (section 5.1)
+# ---------------------------------------------------------------- derived network (5.1)
 
 class Cell(nn.Module):
-    """A cell of the derived network. nodes: each one's inputs, (operation, source). concat: its outputs."""
+    """A cell of the derived network. nodes: the inputs of each, (operation, source) pairs."""
 
     def __init__(self, nodes, concat, C_prev_prev, C_prev, C, reduction, reduction_prev):
         super().__init__()
@@ -169,7 +189,7 @@ class Cell(nn.Module):
 
 
 def drop_path(x, probability):
-    """Zeroes whole samples of x (B, C, H, W) with `probability`, and scales the others to the same mean."""
+    """Zeroes samples of x (B, C, H, W) with `probability`; scales the others to the same mean."""
     keep = 1 - probability
     return x * torch.empty_like(x[:, :1, :1, :1]).bernoulli_(keep) / keep
 
@@ -177,7 +197,8 @@ def drop_path(x, probability):
 class AuxiliaryHead(nn.Module):
     """A second classifier in mid-network, for training only.
 
-    CIFAR form: 8x8 feature maps (32x32 images). ImageNet form: 7x7 (224x224 images), and no last batch norm.
+    CIFAR form: for 8x8 feature maps (32x32 images). ImageNet form: for 7x7 (224x224 images), and
+    without the last batch norm. Raises ValueError for other sizes.
     """
 
     def __init__(self, C, num_classes, imagenet):
@@ -192,24 +213,26 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, x):
         if x.shape[2:] != (self.size, self.size):
-            raise ValueError(f"the auxiliary head fits {self.size}x{self.size} feature maps ({self.image}x"
-                             f"{self.image} images), not {x.shape[2]}x{x.shape[3]}: train without it")
+            raise ValueError(f"the auxiliary head fits {self.size}x{self.size} feature maps "
+                             f"({self.image}x{self.image} images), not {x.shape[2]}x{x.shape[3]}: "
+                             f"train without it")
         return self.classifier(self.features(x).flatten(1))
 
 
 class Network(nn.Module):
     """The network of a genotype, (B, 3, H, W) -> (logits, auxiliary logits in training or None).
 
-    CIFAR form: one 3x3 convolution as stem. ImageNet form (`imagenet`): two stems that divide the size by 8.
-    Set `drop_path_prob` before each epoch. Source: NetworkCIFAR and NetworkImageNet in cnn/model.py.
+    CIFAR form: one 3x3 convolution as stem. ImageNet form (`imagenet`): two stems that divide the
+    size by 8. Set `drop_path_prob` before each epoch. Source: NetworkCIFAR and NetworkImageNet in
+    cnn/model.py.
     """
-    amp = False
+    autocast = contextlib.nullcontext()
 
     def __init__(self, genotype, C=36, layers=20, num_classes=10, auxiliary=False, imagenet=False):
         super().__init__()
         self.drop_path_prob = 0.0
         C_prev_prev = C_prev = C if imagenet else 3 * C
-        self.stem0, self.stem1 = imagenet_stem(C) if imagenet else (cifar_stem(C_prev), nn.Identity())
+        self.stem0, self.stem1 = make_stems(C_prev, imagenet)
         self.cells, reduction_prev = nn.ModuleList(), imagenet
         self.auxiliary_layer, self.auxiliary_head = 2 * layers // 3, None
         for layer in range(layers):
@@ -217,45 +240,57 @@ class Network(nn.Module):
             C = 2 * C if reduction else C
             nodes = genotype.reduce if reduction else genotype.normal
             concat = genotype.reduce_concat if reduction else genotype.normal_concat
-            self.cells.append(Cell(nodes, concat, C_prev_prev, C_prev, C, reduction, reduction_prev))
+            self.cells.append(Cell(nodes, concat, C_prev_prev, C_prev, C, reduction,
+                                   reduction_prev))
             C_prev_prev, C_prev, reduction_prev = C_prev, C * len(concat), reduction
             if auxiliary and layer == self.auxiliary_layer:
                 self.auxiliary_head = AuxiliaryHead(C_prev, num_classes, imagenet)
         self.classifier = nn.Linear(C_prev, num_classes)
 
     def forward(self, x):
+        with self.autocast:
+            x, logits_aux = self.features(x)
+        logits = self.classifier(x.to(self.classifier.weight.dtype))
+        return logits, None if logits_aux is None else logits_aux.to(logits.dtype)
+
+    def features(self, x):
         s0 = self.stem0(x)
         s1, logits_aux = self.stem1(s0), None
         for layer, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
             if self.training and self.auxiliary_head is not None and layer == self.auxiliary_layer:
                 logits_aux = self.auxiliary_head(s1)
-        return self.classifier(s1.mean((2, 3))), logits_aux
+        return s1.mean((2, 3)), logits_aux
 
 
-def cifar_stem(C):
-    return nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
+def stem_conv(C_in, C, stride=1):
+    return nn.Conv2d(C_in, C, 3, stride, padding=1, bias=False), nn.BatchNorm2d(C)
 
 
-def imagenet_stem(C):
-    """Two parts, 3 -> C/2 -> C and C -> C channels; the output of each is an input of the first cell."""
-    def halve(C_in, C):
-        return nn.Conv2d(C_in, C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(C)
-    return (nn.Sequential(*halve(3, C // 2), nn.ReLU(inplace=True), *halve(C // 2, C)),
-            nn.Sequential(nn.ReLU(), *halve(C, C)))
+def make_stems(C, imagenet):
+    """Two parts, 3 -> C and C -> C channels; the output of each is an input of the first cell.
+
+    CIFAR form: one convolution. ImageNet form: three that halve the size, 3 -> C/2 -> C -> C.
+    """
+    if not imagenet:
+        return nn.Sequential(*stem_conv(3, C)), nn.Identity()
+    first = *stem_conv(3, C // 2, 2), nn.ReLU(inplace=True), *stem_conv(C // 2, C, 2)
+    return nn.Sequential(*first), nn.Sequential(nn.ReLU(), *stem_conv(C, C, 2))
 
 
 def count_parameters(net):
     """Parameters without the auxiliary head, as DARTS counts them."""
-    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("auxiliary_head"))
+    return sum(p.numel() for name, p in net.named_parameters()
+               if not name.startswith("auxiliary_head"))
 
 
 def count_macs(net, size):
-    """Multiply-adds of convolutions and classifier for one size x size image, without the auxiliary head.
+    """Multiply-adds of convolutions and classifier, without the auxiliary head, for one image.
 
-    Counted on shapes alone if `net` was made under `torch.device("meta")`.
+    size: its side. Counted on shapes alone if `net` was made under `torch.device("meta")`.
     """
-    image, training = torch.zeros(1, 3, size, size, device=next(net.parameters()).device), net.training
+    image = torch.zeros(1, 3, size, size, device=net.classifier.weight.device)
+    training = net.training
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(image)
     net.train(training)
@@ -265,13 +300,16 @@ def count_macs(net, size):
 # ---------------------------------------------------------------- operations, as in DARTS
 
 class ReLUFirst(nn.Module):
-    """ReLU, then `body`. A mixed operation computes the ReLU once and hands it to every such body."""
+    """ReLU, then `body`. A mixed operation computes the ReLU once, and hands it to every body.
+
+    x: (B, C_in, H, W) -> (B, C, H/stride, W/stride).
+    """
 
     def __init__(self, *layers):
         super().__init__()
         self.body = nn.Sequential(*layers)
 
-    def forward(self, x):                                   # (B, C_in, H, W) -> (B, C, H/stride, W/stride)
+    def forward(self, x):
         return self.body(F.relu(x))
 
 
@@ -288,14 +326,14 @@ class Subsample(nn.Module):
 
 
 class Noise(Subsample):
-    """S4's operation: N(0, 1), fresh at every call, also in eval mode; only the shape comes from x."""
+    """S4's operation: N(0, 1), fresh at every call, in eval mode too; x only gives the shape."""
 
     def forward(self, x):
         return torch.randn_like(super().forward(x))
 
 
 class ShiftedConvs(nn.Module):
-    """Two 1x1 convolutions of stride 2, the second on the input shifted by one pixel: no row is lost."""
+    """Two 1x1 convolutions of stride 2, the second on the input shifted by a pixel."""
 
     def __init__(self, C_in, C):
         super().__init__()
@@ -305,14 +343,16 @@ class ShiftedConvs(nn.Module):
 
     def forward(self, x):
         shifted = F.pad(x, (-1, 1, -1, 1))                  # same size, so odd sizes fit too
-        return torch.cat([self.conv1(self.subsample(x)), self.conv2(self.subsample(shifted))], dim=1)
+        halves = self.conv1(self.subsample(x)), self.conv2(self.subsample(shifted))
+        return torch.cat(halves, dim=1)
 
 
 class DilatedConv(nn.Conv2d):
-    """A depthwise convolution of dilation 2. On the CPU, dilated kernels are up to ten times slower.
+    """A depthwise convolution of dilation 2, for the super-network.
 
-    Dilation 2 only ever joins every second pixel. So at stride 2 it is the undilated convolution of every
-    second pixel, and at stride 1 that of four interleaved images, which are stacked along the batch.
+    On the CPU dilated kernels are up to ten times slower. Dilation 2 only ever joins every second
+    pixel: at stride 2 it is the undilated convolution of every second pixel, at stride 1 that of
+    four interleaved images, which are stacked along the batch.
     """
 
     def forward(self, x):
@@ -322,7 +362,7 @@ class DilatedConv(nn.Conv2d):
         padding = self.kernel_size[0] // 2
         if self.stride[0] == 2:
             return F.conv2d(x[:, :, ::2, ::2], self.weight, padding=padding, groups=C)
-        x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C)       # a pixel's channels stay together
+        x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C)   # channels stay together
         x = x.permute(2, 4, 0, 1, 3, 5).reshape(4 * B, H // 2, W // 2, C)
         x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, padding=padding, groups=C)
         x = x.permute(0, 2, 3, 1).reshape(2, 2, B, H // 2, W // 2, C)
@@ -339,7 +379,7 @@ def conv_bn(C_in, C, kernel, stride, affine):
 
 
 def preprocess(C_in, C, halve, affine):
-    """Brings a cell's input to C channels, and to half the size where the cell before was a reduction."""
+    """Brings a cell's input to C channels and, after a reduction cell, to half the size."""
     return FactorizedReduce(C_in, C, affine) if halve else conv_bn(C_in, C, 1, 1, affine)
 
 
@@ -349,32 +389,37 @@ def separable(C, kernel, stride, affine):
             nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine))
 
 
-def sep_conv(C, kernel, stride, affine):                    # applied twice; the second time with stride 1
+def sep_conv(C, kernel, stride, affine):                    # twice; the second with stride 1
     return ReLUFirst(*separable(C, kernel, stride, affine), nn.ReLU(inplace=True),
                      *separable(C, kernel, 1, affine))
 
 
 def dil_conv(C, kernel, stride, affine):
-    return ReLUFirst(DilatedConv(C, C, kernel, stride, padding=kernel - 1, dilation=2, groups=C, bias=False),
-                     nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine))
+    depthwise = DilatedConv(C, C, kernel, stride, kernel - 1, dilation=2, groups=C, bias=False)
+    return ReLUFirst(depthwise, nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine))
 
 
-def max_pool_2x2(stride):                                   # padded below and at the right, to keep the size
+def max_pool_2x2(stride):                                   # padded at the end: keeps the size
     return nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), float("-inf")), nn.MaxPool2d(2, stride))
 
 
-# name: make(C, stride, affine), C channels in and out. `none` adds nothing, so it is never computed.
+def skip_connect(C, stride, affine):
+    return FactorizedReduce(C, C, affine) if stride > 1 else nn.Identity()
+
+
+# name: make(C, stride, affine), C channels in and out. `none` adds nothing: it is never computed.
 OPS = {
-    "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride, padding=1),
-    "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
-    "skip_connect": lambda C, stride, affine: FactorizedReduce(C, C, affine) if stride > 1 else nn.Identity(),
-    "sep_conv_3x3": lambda C, stride, affine: sep_conv(C, 3, stride, affine),
-    "sep_conv_5x5": lambda C, stride, affine: sep_conv(C, 5, stride, affine),
-    "dil_conv_3x3": lambda C, stride, affine: dil_conv(C, 3, stride, affine),
-    "dil_conv_5x5": lambda C, stride, affine: dil_conv(C, 5, stride, affine),
-    "noise": lambda C, stride, affine: Noise(stride),                           # RobustDARTS, space S4
-    "sep_conv_7x7": lambda C, stride, affine: sep_conv(C, 7, stride, affine),   # from here: published cells
-    "nor_conv_1x1": lambda C, stride, affine: nn.Sequential(Subsample(stride), conv_bn(C, C, 1, 1, affine)),
-    "nor_conv_3x3": lambda C, stride, affine: conv_bn(C, C, 3, stride, affine),
-    "max_pool_2x2": lambda C, stride, affine: max_pool_2x2(stride),
+    "max_pool_3x3": lambda C, s, affine: nn.MaxPool2d(3, s, padding=1),
+    "avg_pool_3x3": lambda C, s, affine: nn.AvgPool2d(3, s, padding=1, count_include_pad=False),
+    "skip_connect": skip_connect,
+    "sep_conv_3x3": lambda C, s, affine: sep_conv(C, 3, s, affine),
+    "sep_conv_5x5": lambda C, s, affine: sep_conv(C, 5, s, affine),
+    "dil_conv_3x3": lambda C, s, affine: dil_conv(C, 3, s, affine),
+    "dil_conv_5x5": lambda C, s, affine: dil_conv(C, 5, s, affine),
+    "noise": lambda C, s, affine: Noise(s),                 # RobustDARTS, space S4
+    # of published cells, and of NAS-Bench-201
+    "sep_conv_7x7": lambda C, s, affine: sep_conv(C, 7, s, affine),
+    "nor_conv_1x1": lambda C, s, affine: nn.Sequential(Subsample(s), conv_bn(C, C, 1, 1, affine)),
+    "nor_conv_3x3": lambda C, s, affine: conv_bn(C, C, 3, s, affine),
+    "max_pool_2x2": lambda C, s, affine: max_pool_2x2(s),
 }

@@ -2,13 +2,14 @@
 
     python retrain.py --genotype runs/.../genotype.json                   CIFAR-10, as in Table 1
     python retrain.py --genotype VS_DARTS --dataset imagenet --data DIR   ImageNet, as in Table 2
-    torchrun --nproc_per_node=4 retrain.py --genotype VS_DARTS ...        several GPUs, or several machines
-    python retrain.py --evaluate runs/.../weights.pt                      test error of a trained network
+    torchrun --nproc_per_node=4 retrain.py --genotype VS_DARTS ...        several GPUs, or machines
+    python retrain.py --evaluate runs/.../weights.pt                      test error of a network
 
-The result is the last epoch's test error; the best epoch's is logged as "best on test (optimistic)". Under
-torchrun --batch_size is that of all processes together, and batch norm sees its own process's images only, as
-in every published recipe. Sources: quark0/darts f276dd3, cnn/{train,train_imagenet}.py; yuhuixu1993/PC-DARTS
-b74702f, train_imagenet.py.
+The result is the last epoch's test error; the best epoch's, chosen on the test split and so too
+optimistic, is logged as best_test_error. Under torchrun --batch_size is that of all processes
+together, and batch norm sees its own process's images only, as in every published recipe. Sources:
+quark0/darts f276dd3, cnn/{train,train_imagenet}.py; yuhuixu1993/PC-DARTS b74702f,
+train_imagenet.py.
 """
 import argparse
 import json
@@ -21,69 +22,68 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DATASETS, Batches, ImageNet, load
+from data import DATASETS, Spec, make_batches, open_split
 from genotypes import load_genotype, to_json
 from model import Network, count_macs, count_parameters
-from run import Parser, Run, add_up, autocast, check_processes, device_name, differing, find_device, join, \
-    load_checkpoint, make_seed, means, metrics, number, one_first, parse_flags, place, read_json, reason, \
-    save, share_buffers, start, write
+from run import (RANK, WORLD, Parser, Run, check_facts, device_name, find_device, folder_name,
+                 load_checkpoint, make_seed, means, metrics, number, one_first, parse_flags, place,
+                 progress, read_json, reason, say, share_buffers, start, to_bytes, write)
 
-CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36, "lr_scheduler": "cosine",
-           "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9, "weight_decay": 3e-4, "grad_clip": 5.0,
-           "label_smooth": 0.0, "auxiliary_weight": 0.4, "drop_path_prob": 0.2, "cutout_length": 16}
+CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36,
+           "lr_scheduler": "cosine", "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9,
+           "weight_decay": 3e-4, "grad_clip": 5.0, "label_smooth": 0.0, "auxiliary_weight": 0.4,
+           "drop_path_prob": 0.2, "cutout_length": 16}
 IMAGENET = {**CIFAR10, "epochs": 250, "batch_size": 128, "layers": 14, "init_channels": 48,
-            "lr_scheduler": "exponential", "learning_rate": 0.1, "weight_decay": 3e-5, "label_smooth": 0.1,
-            "drop_path_prob": 0.0, "cutout_length": 0}
+            "lr_scheduler": "exponential", "learning_rate": 0.1, "weight_decay": 3e-5,
+            "label_smooth": 0.1, "drop_path_prob": 0.0, "cutout_length": 0}
+LINEAR = {**IMAGENET, "batch_size": 1024, "learning_rate": 0.5, "lr_scheduler": "linear"}
 ROBUST_DARTS = {**CIFAR10, "layers": 8, "init_channels": 16}
+DIGITS = {**ROBUST_DARTS, "epochs": 30, "auxiliary_weight": 0.0, "cutout_length": 2}
 PROTOCOLS = {
     "cifar10": CIFAR10,                                     # DARTS, cnn/train.py; section 5.1
     "cifar100": ROBUST_DARTS,                               # RobustDARTS; section 5.2 (8 cells)
     "svhn": ROBUST_DARTS,
-    "fashion_mnist": {**CIFAR10, "auxiliary_weight": 0.0},  # ours: without the head, which needs 32x32
-    "digits": {**ROBUST_DARTS, "epochs": 30, "auxiliary_weight": 0.0, "cutout_length": 2},   # ours
+    "fashion_mnist": {**CIFAR10, "auxiliary_weight": 0.0},  # ours: the head needs 32x32
+    "digits": DIGITS,                                       # ours
     "folder": CIFAR10,                                      # ours
     "imagenet": IMAGENET,                                   # DARTS, cnn/train_imagenet.py
-    "linear": {**IMAGENET, "batch_size": 1024, "learning_rate": 0.5, "lr_scheduler": "linear"},   # PC-DARTS
+    "linear": LINEAR,                                       # PC-DARTS, train_imagenet.py
 }
 
 
 # ---------------------------------------------------------------- data, network, schedule
 
-def read_split(args, train, device, rank=0, world=1):
-    """The batches of the train or test split: this process's share."""
+def make_data(args, train, device, spec=None):
+    """The batches of the train or test split."""
+    split = open_split(args, train, device, spec)
     seed = make_seed(args.seed, "data")
-    if args.dataset == "imagenet":
-        return ImageNet(args, train, seed, device, rank, world)
-    split = load(args.dataset, args.data, train, args.image_size, args.limit).to(device)
-    return Batches(split, args.batch_size, seed, args.cutout_length, train, rank, world)
+    return make_batches(split, args.batch_size, seed, args.cutout_length, train)
 
 
-def read_data(args, device, rank, world):
-    """(train, test)."""
-    with one_first():
-        test = read_split(args, False, device, rank, world)     # the smaller one first: its faults show early
-        train = read_split(args, True, device, rank, world)
-    return train, test
+def read_data(args, device):
+    """(train, test). The smaller one is read first: its faults show early."""
+    test = make_data(args, False, device)
+    return make_data(args, True, device), test
 
 
 def make_network(genotype, args, num_classes):
-    return Network(genotype, args.init_channels, args.layers, num_classes, args.auxiliary_weight > 0,
-                   args.dataset == "imagenet")
+    return Network(genotype, args.init_channels, args.layers, num_classes,
+                   args.auxiliary_weight > 0, args.dataset == "imagenet")
 
 
-def count(genotype, args, num_classes, side):
-    """Parameters and multiply-adds of a network. SystemExit if the images do not fit its auxiliary head."""
+def count(genotype, args, num_classes, size):
+    """Parameters and multiply-adds of a network; SystemExit if its auxiliary head does not fit."""
     with torch.device("meta"):
         net = make_network(genotype, args, num_classes)
         try:
-            net(torch.zeros(2, 3, side, side))
+            net(torch.zeros(2, 3, size, size))
         except ValueError as error:
             raise SystemExit(f"{error} (--auxiliary_weight 0)") from None
-        return {"parameters": count_parameters(net), "macs": count_macs(net, side)}
+        return {"parameters": count_parameters(net), "macs": count_macs(net, size)}
 
 
 def make_scheduler(args, optimizer):
-    """The learning rate of each epoch. linear: PC-DARTS's, with a warmup of five epochs for large batches."""
+    """The learning rate by epoch. linear: PC-DARTS's, with five epochs' warmup of large batches."""
     if args.lr_scheduler == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     if args.lr_scheduler == "exponential":
@@ -102,13 +102,12 @@ def make_scheduler(args, optimizer):
 # ---------------------------------------------------------------- training and testing
 
 def train_step(net, optimizer, images, labels, args):
-    """One SGD step on loss + auxiliary_weight * auxiliary loss. Nothing here waits for the device."""
-    with autocast(images.device, args.amp):
-        logits, logits_aux = net(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smooth)
-        if logits_aux is not None:
-            loss_aux = F.cross_entropy(logits_aux, labels, label_smoothing=args.label_smooth)
-            loss = loss + args.auxiliary_weight * loss_aux
+    """One SGD step on loss + auxiliary_weight * auxiliary loss. Returns (loss, logits)."""
+    logits, logits_aux = net(images)
+    loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smooth)
+    if logits_aux is not None:
+        loss_aux = F.cross_entropy(logits_aux, labels, label_smoothing=args.label_smooth)
+        loss = loss + args.auxiliary_weight * loss_aux
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
@@ -116,102 +115,119 @@ def train_step(net, optimizer, images, labels, args):
     return loss, logits
 
 
+def train_epoch(net, optimizer, batches, epoch, args):
+    """The summed metrics of one pass over the training split. net: in torch's wrapper or not."""
+    torch.manual_seed(make_seed(args.seed, "drop path", epoch, RANK))
+    net.train()
+    totals = 0
+    for images, labels in progress(batches.epoch(epoch), f"epoch {epoch}", batches.steps,
+                                   args.batch_size):
+        totals += metrics(*train_step(net, optimizer, images, labels, args), labels)
+    return totals
+
+
 @torch.no_grad()
 def evaluate(net, test):
     """The summed metrics of this process's share of the test split."""
     net.eval()
-    totals = 0
+    totals = torch.zeros(4, device=net.classifier.weight.device)    # a share may be empty
     for images, labels in test.epoch(0):
-        with autocast(images.device, net.amp):
-            logits, _ = net(images)
-            loss = F.cross_entropy(logits, labels)
-        totals = totals + metrics(loss, logits, labels)
+        logits, _ = net(images)
+        totals += metrics(F.cross_entropy(logits, labels), logits, labels)
     return totals
 
 
-def train(genotype, args, run, rank, world, read=read_data):
-    """Trains a network to the last epoch; writes weights.pt and result.json. read: what loads the data."""
+def train(genotype, args, run, read=read_data):
+    """Trains a network to the last epoch; writes weights.pt and result.json.
+
+    read(args, device): the Batches to train and to test on.
+    """
     device = find_device(args.device)
-    batches, test = read(args, device, rank, world)
-    counts = count(genotype, args, len(test.classes), test.size)
+    batches, test = one_first(lambda: read(args, device))
+    classes, spec = test.split.classes, test.split.spec
+    counts = count(genotype, args, len(classes), spec.size)
     torch.manual_seed(args.seed)
-    net = place(make_network(genotype, args, len(test.classes)), device, args.amp)
+    net = place(make_network(genotype, args, len(classes)), device, args.amp)
     optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay)
     scheduler = make_scheduler(args, optimizer)
-    run.begin({"net": net, "optimizer": optimizer, "scheduler": scheduler}, test.classes)
-    if run.main:
-        write(run.folder / "genotype.json", to_json(genotype))
-    model = net
-    if world > 1:                                           # static_graph: a genotype may have unused nodes
-        model = DistributedDataParallel(net, static_graph=True)
-    run.say(f"{args.genotype} on {args.dataset}: {counts['parameters']:,} parameters, {counts['macs']:,} "
-            f"multiply-adds; {world} x {device.type}; seed {args.seed}; {run.folder}")
+    facts = {"classes": classes, "spec": list(spec),
+             "train_split": batches.split.name, "test_split": test.split.name}
+    run.begin({"net": net, "optimizer": optimizer, "scheduler": scheduler}, facts)
+    say(f"{args.genotype} on {args.dataset}: {counts['parameters']:,} parameters, "
+        f"{counts['macs']:,} multiply-adds; {WORLD} x {device.type}; seed {args.seed}; "
+        f"{run.folder}")
+    wrapped = net
+    if WORLD > 1:                                           # static_graph: for unused nodes
+        wrapped = DistributedDataParallel(net, static_graph=True)
 
     for epoch in range(run.epoch, args.epochs):
-        started, lr, totals = time.time(), optimizer.param_groups[0]["lr"], 0
-        torch.manual_seed(make_seed(args.seed, "drop path", epoch, rank))
+        started, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
         net.drop_path_prob = args.drop_path_prob * epoch / args.epochs
-        net.train()
-        for images, labels in batches.epoch(epoch):
-            loss, logits = train_step(model, optimizer, images, labels, args)
-            totals = totals + metrics(loss, logits, labels)
+        totals = train_epoch(wrapped, optimizer, batches, epoch, args)
         scheduler.step()
         share_buffers(net)
-        train_loss, train_acc, _ = means(add_up(totals))
-        seconds = time.time() - started
-        test_loss, top1, top5 = means(add_up(evaluate(net, test)))
+        train_loss, train_acc, _, images = means(totals)
+        seconds = time.monotonic() - started
+        test_loss, top1, top5, _ = means(evaluate(net, test))
         best = min([100 - top1, *(record["test_error"] for record in run.log)])
         record = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
                   "test_loss": test_loss, "test_error": 100 - top1, "test_error_top5": 100 - top5,
-                  "best on test (optimistic)": best,
-                  "images/s": totals[3].item() / seconds, "seconds": time.time() - started}
-        run.end_epoch(record)
-        run.say(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | test {test_loss:.3f} "
-                f"error {100 - top1:.2f}% | {record['seconds']:.0f} s")
-    if run.main:
-        finish(run, net, {**counts, "device": device_name(device), "processes": world})
+                  "best_test_error": best, "images_per_second": images / seconds,
+                  "seconds": time.monotonic() - started}
+        run.end_epoch(record, {"genotype.json": to_json(genotype)})
+        say(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | "
+            f"test {test_loss:.3f} error {100 - top1:.2f}% | {record['seconds']:.0f} s")
+    finish(run, net, {**counts, "device": device_name(device), "processes": WORLD})
 
 
-def finish(run, net, facts):
+def finish(run, net, counts):
     """Writes weights.pt and then result.json, which marks the run as finished."""
-    weights = {name: value.cpu().contiguous() for name, value in without_head(net.state_dict()).items()}
-    save({"net": weights, "classes": run.classes}, run.folder / "weights.pt")
+    weights = {name: value.cpu().contiguous() for name, value in without_head(net.state_dict())}
     last, best = run.log[-1], min(run.log, key=lambda record: record["test_error"])
+    splits = {name: run.facts[name] for name in ("train_split", "test_split")}
     result = {**{key: last[key] for key in ("test_error", "test_error_top5", "epoch")},
-              "best on test (optimistic)": best["test_error"], "best_epoch": best["epoch"],
-              "seed": run.args.seed, **facts, "python": platform.python_version(), "torch": torch.__version__,
-              "torchvision": torchvision.__version__}
-    write(run.result, json.dumps(result, indent=1))
-    run.say(f"test error {last['test_error']:.2f}% after the last epoch (best on test (optimistic) "
-            f"{best['test_error']:.2f}%, epoch {best['epoch']}); {run.folder / 'weights.pt'}")
+              "best_test_error": best["test_error"], "best_epoch": best["epoch"],
+              "seed": run.args.seed, **counts, **splits, "python": platform.python_version(),
+              "torch": torch.__version__, "torchvision": torchvision.__version__}
+    if RANK == 0:
+        write(run.folder / "weights.pt", to_bytes({"net": weights, "facts": run.facts}))
+        write(run.result, json.dumps(result, indent=1))
+    say(f"test error {last['test_error']:.2f}% after the last epoch (the best on the test split, "
+        f"so optimistic: {best['test_error']:.2f}%, epoch {best['epoch']}); "
+        f"{run.folder / 'weights.pt'}")
 
 
 def without_head(state):
-    """A network's state without its auxiliary head, which only training needs."""
-    return {name: value for name, value in state.items() if not name.startswith("auxiliary_head")}
+    """The (name, value) pairs of a network's state but the auxiliary head's, of training only."""
+    return [pair for pair in state.items() if not pair[0].startswith("auxiliary_head")]
 
 
 def load_network(path, args, device):
-    """(network, names of its classes) of a run's weights.pt or checkpoint.pt. args: the run's flags."""
+    """(network, what it was trained on) of a run's weights.pt or checkpoint.pt.
+
+    args: the run's flags. The second is a dict: "classes", names; "spec", see data.Spec.
+    """
     saved, args.auxiliary_weight = load_checkpoint(path), 0
     try:
-        net = make_network(read_genotype(path.parent / "genotype.json"), args, len(saved["classes"]))
-        net.load_state_dict(without_head(saved["net"]))
+        facts = saved["facts"]
+        genotype = read_genotype(path.parent / "genotype.json")
+        net = make_network(genotype, args, len(facts["classes"]))
+        net.load_state_dict(dict(without_head(saved["net"])))
+        facts = {**facts, "spec": Spec(*facts["spec"])}
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise SystemExit(f"{path} holds no network of this run ({reason(error)})") from None
-    return place(net, device, args.amp), saved["classes"]
+    return place(net, device, args.amp), facts
 
 
 def evaluate_file(path, args):
     """Prints the test error of a run's weights.pt or checkpoint.pt."""
     device = find_device(args.device)
-    net, classes = load_network(path, args, device)
-    test = read_split(args, False, device)
-    if list(test.classes) != classes:
-        raise SystemExit(f"{path} and {args.data}: {differing(classes, test.classes)}")
-    loss, top1, top5 = means(evaluate(net, test))
-    top5 = f" (top-5 {100 - top5:.2f}%)" if len(test.classes) > 5 else ""
+    net, facts = load_network(path, args, device)
+    test = make_data(args, False, device, facts["spec"])
+    check_facts(f"{path} and {args.data}", facts, {"classes": test.split.classes})
+    loss, top1, top5, _ = means(evaluate(net, test))
+    top5 = f" (top-5 {100 - top5:.2f}%)" if len(facts["classes"]) > 5 else ""
     print(f"{path} on {args.dataset}: test error {100 - top1:.2f}%{top5}, loss {loss:.4f}")
 
 
@@ -219,15 +235,18 @@ def evaluate_file(path, args):
 
 def make_parser():
     rows = ["defaults".ljust(17) + "".join(name.rjust(14) for name in PROTOCOLS)]
-    rows += [flag.ljust(17) + "".join(str(protocol[flag]).rjust(14) for protocol in PROTOCOLS.values())
-             for flag in CIFAR10]
+    for flag in CIFAR10:
+        values = [str(protocol[flag]).rjust(14) for protocol in PROTOCOLS.values()]
+        rows.append(flag.ljust(17) + "".join(values))
     parser = Parser("retrain.py", description=__doc__, epilog="\n".join([*rows, SOURCES]))
+    parser.set_defaults(search=None)                        # of the cell, see source_of
     add = parser.add_argument_group("the network and the data").add_argument
     add("--genotype", help="a genotype.json, or a name that `python genotypes.py` lists")
     add("--dataset", default="cifar10", choices=DATASETS, help="section 5.1: cifar10 and imagenet")
-    add("--data", default="data", help="folder of the data sets; for imagenet and folder, of train/ and val/")
+    add("--data", default="data",
+        help="folder of the data sets; for imagenet and folder, of train/ and val/")
     add("--image_size", type=number(int, 8, 512),
-        help="side to which images are resized (default: as they are; 32 for folder, 224 for imagenet)")
+        help="side to which images are resized (default: as they are; folder: 32, imagenet: 224)")
     add("--limit", type=number(int, 2), help="use the first LIMIT training images only")
 
     add = parser.add_argument_group("training (defaults: the table below)").add_argument
@@ -236,41 +255,43 @@ def make_parser():
     add("--layers", type=number(int, 3, 1000), help="number of cells")
     add("--init_channels", type=number(int, 2, 4096), help="channels of the first cell")
     add("--lr_scheduler", choices=("cosine", "exponential", "linear"),
-        help="cosine to 0; times --gamma each epoch; linear to 0, with a warmup for batches above 256")
+        help="cosine to 0; times --gamma by epoch; linear to 0, batches above 256 with a warmup")
     add("--learning_rate", type=number(float, 0), help="SGD learning rate")
-    add("--gamma", type=number(float, 0, 1, above=True), help="factor of --lr_scheduler exponential")
+    add("--gamma", type=number(float, 0, 1, above=True), help="of --lr_scheduler exponential")
     add("--momentum", type=number(float, 0, 1), help="SGD momentum")
     add("--weight_decay", type=number(float, 0), help="SGD weight decay")
-    add("--grad_clip", type=number(float, 0, above=True), help="largest 2-norm of the whole gradient")
+    add("--grad_clip", type=number(float, 0, above=True), help="largest 2-norm of the gradient")
     add("--label_smooth", type=number(float, 0, 1), help="label smoothing, in training")
-    add("--auxiliary_weight", type=number(float, 0), help="weight of the auxiliary head's loss; 0: no head")
-    add("--drop_path_prob", type=number(float, 0, 0.99), help="drop-path probability at the end, from 0")
-    add("--cutout_length", type=number(int, 0), help="side of the square that is cut out, in pixels; 0: none")
+    add("--auxiliary_weight", type=number(float, 0), help="of the auxiliary loss; 0: no head")
+    add("--drop_path_prob", type=number(float, 0, 0.99), help="at the end; it grows from 0")
+    add("--cutout_length", type=number(int, 0), help="side of the cut square in pixels; 0: none")
     add("--seed", type=number(int, 0), default=0, help="random seed; DARTS has 0")
 
     add = parser.add_argument_group("the run").add_argument
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
     add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
-    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet for each GPU")
-    add("--out", help="run folder (default: in runs/, named after all flags that are not at their defaults)")
-    add("--resume", metavar="FOLDER", help="continue a run, with its flags; --data and --device may change")
+    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet, by GPU")
+    add("--out", help="run folder (default: in runs/, named after all flags not at their defaults)")
+    add("--resume", metavar="FOLDER", help="continue a run; --data and --device may change")
     add("--evaluate", metavar="FILE", help="test a run's weights.pt or checkpoint.pt, and end")
     return parser
 
 
-SOURCES = """sources: cifar10 is DARTS's cnn/train.py (section 5.1); cifar100 and svhn are RobustDARTS's (5.2:
-8 cells); fashion_mnist, digits and folder are ours, after CIFAR-10's; imagenet is DARTS's train_imagenet.py;
-linear is --dataset imagenet --lr_scheduler linear: PC-DARTS's train_imagenet.py. With --image_size,
-cutout_length scales with the images, and auxiliary_weight is 0 unless they fit the head (32x32; 224x224)."""
+SOURCES = """sources: cifar10 is DARTS's cnn/train.py (section 5.1); cifar100 and svhn are
+RobustDARTS's (5.2: 8 cells); fashion_mnist, digits and folder are ours, after CIFAR-10's;
+imagenet is DARTS's train_imagenet.py; linear is --dataset imagenet --lr_scheduler linear:
+PC-DARTS's train_imagenet.py. With --image_size, cutout_length scales with the images, and
+auxiliary_weight is 0 unless they fit the head (32x32; 224x224)."""
 
 
 def protocol(args):
     """The defaults of a data set's training, fitted to --image_size."""
     linear = args.dataset == "imagenet" and args.lr_scheduler == "linear"
-    defaults, size = dict(PROTOCOLS["linear" if linear else args.dataset]), DATASETS[args.dataset].size
+    defaults = dict(PROTOCOLS["linear" if linear else args.dataset])
+    size = DATASETS[args.dataset].size
     image_size = args.image_size or size
     defaults["cutout_length"] = defaults["cutout_length"] * image_size // size
-    if image_size != (224 if args.dataset == "imagenet" else 32):   # the auxiliary head fits no other
+    if image_size != (224 if args.dataset == "imagenet" else 32):   # the head fits no other
         defaults["auxiliary_weight"] = 0.0
     return defaults
 
@@ -278,28 +299,37 @@ def protocol(args):
 def parse(arguments):
     """The flags, checked against each other, with the run folder's name filled in."""
     parser = make_parser()
-    args = parse_flags(parser, arguments)
-    if args.resume is not None:
-        return args
+    args = parser.parse_args(arguments)
     if args.evaluate is not None:
-        saved = read_json(Path(args.evaluate).parent / "config.json")
-        return parser.parse_args(arguments, argparse.Namespace(**saved))
-    if not args.genotype:
-        raise SystemExit("--genotype is needed: a genotype.json, or a name that `python genotypes.py` lists")
-    given, usual = vars(args), {"image_size": None, "limit": None, "amp": False, **PROTOCOLS[args.dataset]}
-    changed = [f"{flag}={given[flag]}" for flag in usual if given[flag] not in (None, usual[flag])]
-    args = parser.parse_args(arguments, argparse.Namespace(**protocol(args)))
+        return parse_evaluate(parser, arguments, Path(args.evaluate))
+    if args.resume is None and not args.genotype:
+        raise SystemExit("--genotype is needed: a genotype.json, or a name that `python "
+                         "genotypes.py` lists")
+    args = parse_flags(parser, arguments, protocol)
+    if args.batch_size < 2 * WORLD:
+        raise SystemExit(f"--batch_size {args.batch_size} is too small: each of {WORLD} processes "
+                         f"needs two images")
     if args.lr_scheduler == "linear" and args.epochs < 6:
-        raise SystemExit("--lr_scheduler linear needs --epochs 6 or more: its last five are apart")
+        raise SystemExit("--lr_scheduler linear needs --epochs 6 or more: the last five have a "
+                         "slope of their own")
     name = Path(args.genotype).as_posix().removeprefix("runs/")
-    name = name.removesuffix(".json").removesuffix("/genotype").replace("/", "-")
-    name = "-".join(["retrain", args.dataset, name, *changed, str(args.seed)])
-    args.out = args.out or f"runs/{name}"
+    name = name.removesuffix(".json").removesuffix("/genotype")
+    parser.set_defaults(lr_scheduler=PROTOCOLS[args.dataset]["lr_scheduler"])
+    words = ["retrain", args.dataset, name]
+    args.out = args.out or folder_name(words, args, parser, {"genotype"})
     return args
 
 
+def parse_evaluate(parser, arguments, path):
+    """The flags of the run that holds the network, of which any may be changed."""
+    path = path / "weights.pt" if path.is_dir() else path
+    saved = read_json(path.parent / "config.json")
+    args = parser.parse_args(arguments, argparse.Namespace(**saved))
+    return argparse.Namespace(**{**vars(args), "evaluate": str(path)})
+
+
 def source_of(args, genotype):
-    """The search that a cell is from, for the tables: its search.json, if that is about this very cell."""
+    """The search that a cell is from, for the tables: its search.json, if about this cell."""
     path = Path(args.genotype).parent / "search.json"
     source = read_json(path) if path.exists() else {}
     return source if source.get("genotype") == json.loads(to_json(genotype)) else None
@@ -316,16 +346,11 @@ def main(arguments):
     args = parse(arguments)
     if args.evaluate is not None:
         return evaluate_file(Path(args.evaluate), args)
-    rank, world = join()
-    check_processes(args, world)
+    kept = Path(args.out) / "genotype.json"                 # a resumed run's
+    genotype = read_genotype(kept if args.resume and kept.exists() else args.genotype)
     if args.resume is None:
-        genotype = read_genotype(args.genotype)
         args.search = source_of(args, genotype)
-    else:
-        kept = Path(args.out) / "genotype.json"
-        genotype = read_genotype(kept if kept.exists() else args.genotype)
-    with Run(args, "result.json", main=rank == 0) as run:
-        train(genotype, args, run, rank, world)
+    train(genotype, args, Run(args, "result.json"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the paper compares VS-DARTS with (Tables 1 and 3): each method's own loop over search.py's pieces.
+"""What the paper compares VS-DARTS with (Tables 1 and 3): each method's own loop over search.py.
 
     python -m experiments.baselines second_order [search.py's flags]    DARTS of second order
     python -m experiments.baselines es [search.py's flags]              DARTS-ES: stops early
@@ -6,44 +6,41 @@
     python -m experiments.baselines r_darts [search.py's flags]         R-DARTS(L2): four weight decays
     python -m experiments.baselines perturbation RUN                    DARTS+PT, on a finished search
 
-Each has its own --help. Sources: quark0/darts f276dd3, cnn/architect.py; automl/RobustDARTS 3dec3fe and its
-paper (Zela et al., ICLR 2020), whose scripts take the second order where es, ada and r_darts take the first;
-ruocwang/darts-pt 4ec3149, sota/cnn/projection.py (Wang et al., ICLR 2021).
+Each has its own --help. Sources: quark0/darts f276dd3, cnn/architect.py; automl/RobustDARTS 3dec3fe
+and its paper (Zela et al., ICLR 2020), whose scripts take the second order where es, ada and r_darts
+take the first; ruocwang/darts-pt 4ec3149, sota/cnn/projection.py (Wang et al., ICLR 2021).
 """
 import argparse
 import functools
 import inspect
 import json
-import os
 import random
 import time
 from pathlib import Path
 from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 
 import retrain
 import search
-from data import Batches
+from data import make_batches
 from genotypes import SPACES, from_text, load_genotype
 from larc import LARC, local_factors
-from run import Parser, Run, autocast, device_name, find_device, load_checkpoint, make_seed, means, metrics
-from run import number, parse_flags, read_json, save, start, write
+from run import (WORLD, Parser, Run, device_name, find_device, load_checkpoint, make_seed, means,
+                 metrics, number, parse_flags, read_json, say, start, to_bytes, write)
 
 
 # ---------------------------------------------------------------- second order (Eq. 2)
 
 def second_order(arguments):
     """DARTS of second order: alpha's gradient goes through a step of the weights (with --larc, LARC's)."""
-    args = search.parse(arguments, make_parser("second_order"), "second_order")
-    with Run(args, "genotype.json") as run:
-        parts = search.make_parts(args)
-        search.begin(parts, run)
-        for epoch in range(run.epoch, args.epochs):
-            record = search.train_epoch(parts, epoch, second_order_step)
-            search.end_epoch(parts, run, record)
-        finish(run, search.derive(parts.net.space, parts.net.betas()))
+    args, run, parts = begin(arguments, "second_order")
+    for epoch in range(run.epoch, args.epochs):
+        record = search.train_epoch(parts, epoch, second_order_step)
+        search.end_epoch(parts, run, record)
+    finish(run, search.derive(parts.net.space, parts.net.betas()))
 
 
 def second_order_step(parts, alpha_batch, w_batch):
@@ -60,24 +57,24 @@ def second_order_gradient(net, w_optimizer, alpha_batch, w_batch, epsilon=0.01):
         w' = w - xi (m + f (g + b w))
 
     xi: learning rate; m: momentum times its buffer; g: gradient of L_train; b: weight decay; f: 1, or LARC's
-    factor of each tensor, taken as a constant. With v the gradient of L_val in the weights at w', and
-    w+- = w +- epsilon f v / |f v|, it is, by finite differences,
+    factor of each tensor, taken as a constant. With v the gradient of L_val in the weights at w',
+    and w+- = w +- epsilon f v / |f v|, it is, by finite differences,
 
-        grad_alpha L_val(w') - xi |f v| (grad_alpha L_train(w+) - grad_alpha L_train(w-)) / (2 epsilon)
+        grad_alpha L_val(w') - xi |f v| (grad_alpha L_train(w+) - grad_alpha L_train(w-)) / 2 epsilon
     """
     names = [name for name, _ in net.named_parameters() if not name.startswith("alphas.")]
     alphas, xi = list(net.alphas.values()), w_optimizer.param_groups[0]["lr"]
-    seed = torch.randint(2**62, ()).item()
+    seed, ws = torch.randint(2**62, ()).item(), net.weights
 
     def loss(weights, batch, noise):
         torch.manual_seed(noise)                            # S4's noise: one over w_batch
         return loss_at(net, dict(zip(names, weights)), *batch)
 
     def alpha_gradient(sign):
-        weights = [w.detach() + sign * epsilon / length * d for w, d in zip(net.weights, fv)]
+        weights = [w.detach() + sign * epsilon / length * d for w, d in zip(ws, fv)]
         return torch.autograd.grad(loss(weights, w_batch, seed), alphas)
 
-    g = torch.autograd.grad(loss(net.weights, w_batch, seed), net.weights)
+    g = torch.autograd.grad(loss(ws, w_batch, seed), ws)
     moved, factors = virtual_step(net, w_optimizer, g)
     gradients = torch.autograd.grad(loss(moved, alpha_batch, seed + 1), [*moved, *alphas])
     fv = [f * v for f, v in zip(factors, gradients)]
@@ -90,19 +87,19 @@ def second_order_gradient(net, w_optimizer, alpha_batch, w_batch, epsilon=0.01):
 def loss_at(net, values, images, labels):
     """The loss with other values of some parameters, {name: tensor}. Running statistics stay as they are."""
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    with autocast(images.device, net.amp):
-        logits = functional_call(net, {**values, **buffers}, (images,))
-        return torch.nn.functional.cross_entropy(logits, labels)
+    logits = functional_call(net, {**values, **buffers}, (images,))
+    return F.cross_entropy(logits, labels)
 
 
 @torch.no_grad()
 def virtual_step(net, w_optimizer, grads):
     """(w', f): a list of tensors each."""
     group, factors, moved = w_optimizer.param_groups[0], [1.0] * len(grads), []
+    weights = net.weights
     if isinstance(w_optimizer, LARC):
-        factors = local_factors(net.weights, list(grads), group["lr"], group["weight_decay"],
+        factors = local_factors(weights, list(grads), group["lr"], group["weight_decay"],
                                 group["trust_coefficient"], group["clip"])
-    for w, g, f in zip(net.weights, grads, factors):
+    for w, g, f in zip(weights, grads, factors):
         step = f * (g + group["weight_decay"] * w)
         buffer = w_optimizer.state.get(w, {}).get("momentum_buffer")
         if buffer is not None:
@@ -114,24 +111,23 @@ def virtual_step(net, w_optimizer, grads):
 # ---------------------------------------------------------------- early stopping, adaptive regularization
 
 def es(arguments):
-    """DARTS-ES: stops once the largest eigenvalue of alpha's Hessian has grown, and keeps an earlier cell."""
-    args = search.parse(arguments, make_parser("es"), "es")
-    with Run(args, "genotype.json") as run:
-        parts = search.make_parts(args)
-        search.begin(parts, run)
-        for epoch in range(run.epoch, args.epochs):
-            if alarm(run):                                  # asked here, so a resumed run asks, too
-                break
-            record = search.train_epoch(parts, epoch)
-            look_at_hessian(parts, record)
-            search.end_epoch(parts, run, record)
-        kept = alarm(run) or run.epoch
-        run.say(f"{'' if alarm(run) else 'no '}alarm after {run.epoch} epochs: the cell is that after {kept}")
-        finish(run, from_text(json.dumps(run.log[kept - 1]["genotype"])))
+    """DARTS-ES: stops once the largest eigenvalue of alpha's Hessian has grown, and keeps an earlier
+    cell.
+    """
+    args, run, parts = begin(arguments, "es")
+    for epoch in range(run.epoch, args.epochs):
+        if alarm(run):                                      # asked here, so a resumed run asks, too
+            break
+        record = search.train_epoch(parts, epoch)
+        look_at_hessian(parts, record)
+        search.end_epoch(parts, run, record)
+    kept = alarm(run) or run.epoch
+    say(f"{'' if alarm(run) else 'no '}alarm after {run.epoch} epochs: the cell is that after {kept}")
+    finish(run, from_text(json.dumps(run.log[kept - 1]["genotype"])))
 
 
 def look_at_hessian(parts, record, steps=15):
-    """Logs the largest eigenvalue of the loss's Hessian H in all alphas, on a batch of the half for alpha.
+    """Logs the largest eigenvalue of the loss's Hessian H in all alphas, on a batch of alpha's half.
 
     Lanczos: that of H in the span of v, Hv, HHv, ... The search goes on as if nobody had looked.
     """
@@ -139,7 +135,7 @@ def look_at_hessian(parts, record, steps=15):
         grads = torch.autograd.grad(of, list(parts.net.alphas.values()), **options)
         return torch.cat([grad.flatten() for grad in grads])
 
-    started = time.time()
+    started = time.monotonic()
     images, labels = next(parts.validation.epoch(record["epoch"]))
     with torch.random.fork_rng(range(torch.cuda.device_count())):   # S4 draws noise
         loss = loss_at(parts.net, {}, images, labels)
@@ -153,13 +149,14 @@ def look_at_hessian(parts, record, steps=15):
         v = flat_gradient(gradient @ basis[-1], retain_graph=True)
         products.append(v)
     H = torch.stack(basis) @ torch.stack(products).T
-    largest = torch.linalg.eigvalsh((H + H.T) / 2)[-1].item() if H.isfinite().all() else float("nan")
-    record |= {"eigenvalue": largest, "seconds": record["seconds"] + time.time() - started}
+    finite = H.isfinite().all()
+    largest = torch.linalg.eigvalsh((H + H.T) / 2)[-1].item() if finite else float("nan")
+    record |= {"eigenvalue": largest, "seconds": record["seconds"] + time.monotonic() - started}
 
 
 def alarm(run):
-    """The number of epochs to go back to, or None. An alarm: the eigenvalue's moving average --window epochs
-    ago is less than --ratio of today's (Zela et al.).
+    """The number of epochs to go back to, or None. An alarm: the eigenvalue's moving average --window
+    epochs ago is less than --ratio of today's (Zela et al.).
     """
     def average(epochs):
         return fmean(record["eigenvalue"] for record in run.log[max(0, epochs - window):epochs])
@@ -171,28 +168,23 @@ def alarm(run):
 
 
 def ada(arguments):
-    """DARTS-ADA: where ES would stop, the search goes back as far, with ten times the weight decay. Until the
-    end all checkpoints are kept, as alarms may go back to ever earlier ones.
+    """DARTS-ADA: where ES would stop, the search goes back as far, with ten times the weight decay.
+    Until the end all checkpoints are kept, as alarms may go back to ever earlier ones.
     """
-    args = search.parse(arguments, make_parser("ada"), "ada")
-    if not 0 < args.weight_decay < args.max_decay:
-        raise SystemExit(f"--weight_decay must be above 0 and below --max_decay {args.max_decay:g}, to grow")
-    with Run(args, "genotype.json") as run:
-        parts = search.make_parts(args)
-        search.begin(parts, run)
-        while True:
-            if run.epoch > 0:
-                write(run.folder / f"checkpoint-{run.epoch}.pt", run.checkpoint.read_bytes())
-            decay = parts.w_optimizer.param_groups[0]["weight_decay"]
-            back = alarm(run) if decay < args.max_decay else None
-            if back:
-                decay = go_back(run, back, decay)
-            elif run.epoch == args.epochs:
-                break
-            record = search.train_epoch(parts, run.epoch)
-            look_at_hessian(parts, record)
-            search.end_epoch(parts, run, {**record, "weight_decay": decay})
-        finish(run, search.derive(parts.net.space, parts.net.betas()))
+    args, run, parts = begin(arguments, "ada")
+    while True:
+        if run.epoch > 0:
+            write(run.folder / f"checkpoint-{run.epoch}.pt", run.checkpoint.read_bytes())
+        decay = parts.w_optimizer.param_groups[0]["weight_decay"]
+        back = alarm(run) if decay < args.max_decay else None
+        if back:
+            decay = go_back(run, back, decay)
+        elif run.epoch == args.epochs:
+            break
+        record = search.train_epoch(parts, run.epoch)
+        look_at_hessian(parts, record)
+        search.end_epoch(parts, run, {**record, "weight_decay": decay})
+    finish(run, search.derive(parts.net.space, parts.net.betas()))
     for path in run.folder.glob("checkpoint-*.pt"):
         path.unlink()
 
@@ -200,13 +192,13 @@ def ada(arguments):
 def go_back(run, epochs, decay):
     """Loads an earlier checkpoint, with more weight decay. The undone epochs get a log of their own."""
     decay = min(float(f"{10 * decay:g}"), run.args.max_decay)       # 0.03, not 0.02999...
-    run.say(f"alarm after {run.epoch} epochs: back to {epochs}, with weight decay {decay:g}")
+    say(f"alarm after {run.epoch} epochs: back to {epochs}, with weight decay {decay:g}")
     undone = [json.dumps(record) for record in run.log[epochs:]]
     write(run.folder / f"log-before-{decay:g}.jsonl", "\n".join(undone))
     state = load_checkpoint(run.folder / f"checkpoint-{epochs}.pt")
     for group in state["w_optimizer"]["param_groups"]:
         group["weight_decay"] = decay
-    save(state, run.checkpoint)                             # from here on a killed run resumes there
+    write(run.checkpoint, to_bytes(state))                  # from here on a killed run resumes there
     run.load()
     return decay
 
@@ -214,47 +206,44 @@ def go_back(run, epochs, decay):
 # ---------------------------------------------------------------- R-DARTS(L2)
 
 def r_darts(arguments):
-    """R-DARTS(L2): four searches, with weight decay 3, 9, 27 and 81e-4. Each cell is trained briefly on the
-    half for w, and the one that is best on the half for alpha is kept.
+    """R-DARTS(L2): four searches, with weight decay 3, 9, 27 and 81e-4. Each cell is trained briefly
+    on the half for w, and the one that is best on the half for alpha is kept.
     """
     args = search.parse(arguments, make_parser("r_darts"), "r_darts")
     if args.weight_decay != 3e-4:
         raise SystemExit("r_darts takes no --weight_decay: it tries 3e-4, 9e-4, 27e-4 and 81e-4")
     run, device = Run(args, "genotype.json"), find_device(args.device)
-    w_half, _ = search.read_halves(args, device)            # before the folder is taken: it may fail
-    run.begin({}, w_half.classes)
-    try:
-        for decay in (3e-4, 9e-4, 27e-4, 81e-4):            # the first of RobustDARTS's grid
-            folder = run.folder / f"weight_decay-{decay:g}"
-            if not (folder / "genotype.json").exists():
-                flags = part(folder, args, program="search.py", method=None, weight_decay=decay)
-                with Run(flags, "genotype.json") as searching:
-                    search.search(flags, searching)
-            error = train_briefly(args, folder)
-            run.say(f"weight decay {decay:g}: validation error {error:.2f}%")
-            run.log.append({"folder": folder, "error": error, "device": device_name(device)})
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; --resume {run.folder} goes on") from None
+    w_half, _ = search.read_halves(args, device)
+    run.begin({}, {"train_split": w_half.name})
+    for decay in (3e-4, 9e-4, 27e-4, 81e-4):                # the first of RobustDARTS's grid
+        folder = run.folder / f"weight_decay-{decay:g}"
+        if not (folder / "genotype.json").exists():
+            flags = part(folder, args, program="search.py", method=None, weight_decay=decay)
+            search.search(flags, Run(flags, "genotype.json"))
+        error = train_briefly(args, folder)
+        say(f"weight decay {decay:g}: validation error {error:.2f}%")
+        run.log.append({"folder": folder, "error": error, "device": device_name(device)})
     best = min(run.log, key=lambda record: record["error"])["folder"]       # ties: the smaller decay
     finish(run, load_genotype(best / "genotype.json"))
 
 
 def train_briefly(args, folder):
     """The error in percent on the half for alpha, of the folder's cell trained on the half for w."""
-    def read_halves(flags, device, rank, world):
+    def read_halves(flags, device):
         w_half, alpha_half = search.read_halves(args, device)
-        train = Batches(w_half, flags.batch_size, make_seed(args.seed, "brief"), flags.cutout_length)
-        return train, Batches(alpha_half, flags.batch_size, train=False)
+        seed = make_seed(args.seed, "brief")
+        train = make_batches(w_half, flags.batch_size, seed, flags.cutout_length)
+        return train, make_batches(alpha_half, flags.batch_size, train=False)
 
     trained, genotype = folder / "trained", str(folder / "genotype.json")
     if not (trained / "result.json").exists():
         size = [] if args.image_size is None else ["--image_size", str(args.image_size)]
         flags = retrain.parse(["--genotype", genotype, "--dataset", args.dataset, *size])
-        flags = part(trained, flags, epochs=args.train_epochs, layers=args.train_layers, auxiliary_weight=0.0,
-                     init_channels=args.train_channels, seed=args.seed, limit=args.limit, amp=args.amp,
-                     data=args.data, device=args.device)
-        with Run(flags, "result.json") as run:
-            retrain.train(load_genotype(genotype), flags, run, 0, 1, read_halves)
+        flags = part(trained, flags, epochs=args.train_epochs, layers=args.train_layers,
+                     auxiliary_weight=0.0, init_channels=args.train_channels, seed=args.seed,
+                     limit=args.limit, amp=args.amp, data=args.data, device=args.device)
+        run = Run(flags, "result.json")
+        retrain.train(load_genotype(genotype), flags, run, read_halves)
     return read_json(trained / "result.json")["test_error"]
 
 
@@ -267,107 +256,123 @@ def part(folder, args, **flags):
 # ---------------------------------------------------------------- DARTS+PT
 
 def perturbation(arguments):
-    """DARTS+PT: decides a finished search's edges one by one, each for the operation without which accuracy
-    falls most (in the full space not for `none`), then the two edges of each node; tunes in between.
+    """DARTS+PT: decides a finished search's edges one by one, each for the operation without which
+    accuracy falls most (in the full space not for `none`), then the two edges of each node; tunes in
+    between.
     """
     args = parse_perturbation(arguments)
-    with Run(args, "genotype.json") as run:
-        rates = dict.fromkeys(("learning_rate", "learning_rate_min"), args.learning_rate / 10)
-        parts = search.make_parts(argparse.Namespace(**{**vars(args), **rates}))   # constant, as in darts-pt
-        if args.resume is None:
-            parts.net.load_state_dict(load_checkpoint(Path(args.search, "checkpoint.pt"))["net"])
-        decisions = Decisions(parts.net)
-        states = {name: getattr(parts, name) for name in ("net", "w_optimizer", "alpha_optimizer")}
-        run.begin({**states, "decisions": decisions}, parts.w_batches.classes)
-        order = decisions.order(args.seed)
-        for turn in range(run.epoch, len(order)):
-            started, (kind, decide, what) = time.time(), order[turn]
-            torch.manual_seed(make_seed(args.seed, "decision", turn))   # S4 draws noise
-            accuracy = functools.partial(accuracy_without, parts, decisions, turn)
-            record = {"decision": turn, "cell": kind, **decide(kind, what, accuracy)}
-            run.say(f"decision {turn + 1} of {len(order)}: {kind} cell, {what} keeps {record['kept']}")
-            if kind == "reduce" and turn + 1 < len(order):  # after both cells; none after the last
-                first = turn // 2 * args.tune_epochs
-                for epoch in range(first, first + args.tune_epochs):
-                    record["train_loss"] = search.train_epoch(parts, epoch)["train_loss"]
-            record |= {"seconds": time.time() - started, "device": device_name(find_device(args.device))}
-            run.end_epoch(record)
-        finish(run, decisions.genotype(), args.search_seconds)
+    run, rate = Run(args, "genotype.json"), args.learning_rate / 10     # constant, as in darts-pt
+    rates = {"learning_rate": rate, "learning_rate_min": rate}
+    parts = search.make_parts(argparse.Namespace(**{**vars(args), **rates}))
+    parts.net.load_state_dict(load_checkpoint(Path(args.search, "checkpoint.pt"))["net"])
+    decisions, split = Decisions(parts.net), parts.w_batches.split
+    states = {name: getattr(parts, name) for name in ("net", "w_optimizer", "alpha_optimizer")}
+    run.begin({**states, "decisions": decisions},
+              {"classes": split.classes, "train_split": split.name})
+    order = decisions.order(args.seed)
+    for turn in range(run.epoch, len(order)):
+        started, (cell_type, decide, what) = time.monotonic(), order[turn]
+        torch.manual_seed(make_seed(args.seed, "decision", turn))       # S4 draws noise
+        accuracy = functools.partial(accuracy_without, parts, decisions, turn)
+        record = {"decision": turn, "cell": cell_type, **decide(cell_type, what, accuracy)}
+        say(f"decision {turn + 1} of {len(order)}: {cell_type} cell, {what} keeps {record['kept']}")
+        if cell_type == "reduce" and turn + 1 < len(order):     # after both cells, but for the last
+            first = turn // 2 * args.tune_epochs
+            for epoch in range(first, first + args.tune_epochs):
+                record["train_loss"] = search.train_epoch(parts, epoch)["train_loss"]
+        record |= {"seconds": time.monotonic() - started,
+                   "device": device_name(find_device(args.device))}
+        run.end_epoch(record)
+    finish(run, decisions.genotype(), args.search_seconds)
 
 
 @torch.no_grad()
 def accuracy_without(parts, decisions, turn, removed):
-    """Accuracy in percent on the half for alpha with `removed` at 0; normalized by batch, as in darts-pt."""
+    """Accuracy in percent on alpha's half with `removed` at 0; normalized by batch, as in darts-pt."""
     parts.net.train()
     decisions.removed, totals = removed, 0
     for images, labels in parts.validation.epoch(turn):
-        totals = totals + metrics(*search.loss_of(parts.net, images, labels), labels)
+        logits = parts.net(images)
+        totals += metrics(F.cross_entropy(logits, labels), logits, labels)
     decisions.removed = None
     return means(totals)[1]
 
 
 class Decisions(torch.nn.Module):
-    """What is decided of each edge: NaN (nothing yet), or weights that take the place of beta, 0 for an edge
-    taken out. removed: what is tried at 0, as (cell type, row of its edge, index of the operation).
+    """What is decided of each edge: NaN (nothing yet), or weights that take the place of beta, 0 for
+    an edge taken out. removed: what is tried at 0, as (cell type, row of its edge, operation).
     """
 
     def __init__(self, net):
         super().__init__()
         self.space, self.removed = net.space, None
-        for kind, alpha in net.alphas.items():
-            self.register_buffer(kind, torch.full_like(alpha.detach(), float("nan")))
-        for kind, cell in zip(net.cell_types, net.cells):
-            cell.register_forward_pre_hook(functools.partial(self.replace_beta, kind))
+        for cell_type, alpha in net.alphas.items():
+            self.register_buffer(cell_type, torch.full_like(alpha.detach(), float("nan")))
+        for cell_type, cell in zip(net.cell_types, net.cells):
+            cell.register_forward_pre_hook(functools.partial(self.replace_beta, cell_type))
 
-    def replace_beta(self, kind, cell, inputs):
+    def replace_beta(self, cell_type, cell, inputs):
         s0, s1, beta = inputs
-        fixed = self.get_buffer(kind)
+        fixed = self.get_buffer(cell_type)
         beta = torch.where(fixed.isnan(), beta, fixed)
-        if self.removed is not None and self.removed[0] == kind:
+        if self.removed is not None and self.removed[0] == cell_type:
             beta[self.removed[1:]] = 0
         return s0, s1, beta
 
     def order(self, seed):
-        """[(cell type, method, edge or node)]: the cells in turn; all edges, then all nodes; at random."""
-        turns = {kind: [] for kind in self.space}
-        for kind, edges in self.space.items():
+        """[(cell type, method, edge or node)]: cells in turn; all edges, then all nodes; at random."""
+        turns = {cell_type: [] for cell_type in self.space}
+        for cell_type, edges in self.space.items():
             nodes = sorted({j for _, j in edges if j > 2})  # those of more than two inputs
-            for decide, things in (self.decide_operation, list(edges)), (self.decide_inputs, nodes):
-                random.Random(make_seed(seed, "decisions", kind)).shuffle(things)
-                turns[kind] += [(kind, decide, thing) for thing in things]
+            for decide, what in (self.decide_operation, [*edges]), (self.decide_inputs, nodes):
+                random.Random(make_seed(seed, "decisions", cell_type)).shuffle(what)
+                turns[cell_type] += [(cell_type, decide, thing) for thing in what]
         return [turn for pair in zip(*turns.values()) for turn in pair]
 
-    def decide_operation(self, kind, edge, accuracy):
+    def decide_operation(self, cell_type, edge, accuracy):
         """Fixes an edge's operation: that without which accuracy is lowest; ties: the first."""
-        row, primitives = list(self.space[kind]).index(edge), self.space[kind][edge]
-        tried = [name for name in primitives if name != "none" or self.space is not SPACES["darts"]]
-        accuracies = {name: accuracy((kind, row, primitives.index(name))) for name in tried}
+        row, primitives = list(self.space[cell_type]).index(edge), self.space[cell_type][edge]
+        full = self.space is SPACES["darts"]
+        tried = [name for name in primitives if name != "none" or not full]
+        accuracies = {name: accuracy((cell_type, row, primitives.index(name))) for name in tried}
         kept = min(accuracies, key=accuracies.get)
-        self.get_buffer(kind)[row] = torch.eye(len(primitives))[primitives.index(kept)]
+        self.get_buffer(cell_type)[row] = torch.eye(len(primitives))[primitives.index(kept)]
         return {"edge": edge, "kept": kept, "accuracies": accuracies}
 
-    def decide_inputs(self, kind, node, accuracy):
+    def decide_inputs(self, cell_type, node, accuracy):
         """Takes edges out until a node has two: that without which accuracy is highest; ties: the last."""
-        rows = {i: row for row, (i, j) in enumerate(self.space[kind]) if j == node}
+        rows = {i: row for row, (i, j) in enumerate(self.space[cell_type]) if j == node}
         tried = []
         while len(rows) > 2:
-            tried.append({i: accuracy((kind, row, slice(None))) for i, row in rows.items()})
+            tried.append({i: accuracy((cell_type, row, slice(None))) for i, row in rows.items()})
             gone = max(reversed(rows), key=tried[-1].get)
-            self.get_buffer(kind)[rows.pop(gone)] = 0
+            self.get_buffer(cell_type)[rows.pop(gone)] = 0
         return {"node": node, "kept": list(rows), "accuracies": tried}
 
     def genotype(self):
-        """The cell, when all is decided. Where `none` was kept, the edge stays, with the next operation."""
-        betas = {kind: fixed + fixed.sum(1, keepdim=True) / 2 for kind, fixed in self.named_buffers()}
+        """The cell, when all is decided. Where `none` was kept, the next operation takes its edge."""
+        betas = {cell_type: fixed + fixed.sum(1, keepdim=True) / 2
+                 for cell_type, fixed in self.named_buffers()}
         return search.derive(self.space, betas)
 
 
 # ---------------------------------------------------------------- the commands
 
+def begin(arguments, method):
+    """(flags, run, parts) of a method that is a search of its own."""
+    args = search.parse(arguments, make_parser(method), method)
+    if method == "ada" and not 0 < args.weight_decay < args.max_decay:
+        raise SystemExit(f"--weight_decay must be above 0 and below --max_decay "
+                         f"{args.max_decay:g}, to grow")
+    run, parts = Run(args, "genotype.json"), search.make_parts(args)
+    search.begin(parts, run)
+    return args, run, parts
+
+
 def finish(run, genotype, seconds=0):
-    """Ends a run. It cost `seconds`, and the epochs in all logs: undone ones, and those of runs within it."""
+    """Ends a run. It cost `seconds`, and all logged epochs: undone ones, and of runs within it."""
     for log in run.folder.rglob("log*.jsonl"):
-        seconds += sum(json.loads(line)["seconds"] for line in log.read_text().splitlines())
+        seconds += search.seconds_of(map(json.loads, log.read_text().splitlines()))
     search.finish(run, genotype, seconds)
 
 
@@ -377,15 +382,21 @@ def make_parser(method):
     parser.set_defaults(weight_decay=3e-4, method=method)
     add = parser.add_argument_group(method).add_argument
     if method in ("es", "ada"):
-        add("--window", type=number(int, 1), default=5, help="epochs of the moving average (Zela et al.)")
-        add("--ratio", type=number(float, 0, above=True), default=0.75, help="of averages (Zela et al.)")
-        add("--first", type=number(int, 1), default=10, help="first epoch for an alarm (RobustDARTS)")
+        add("--window", type=number(int, 1), default=5,
+            help="epochs of the moving average (Zela et al.)")
+        add("--ratio", type=number(float, 0, above=True), default=0.75,
+            help="of averages (Zela et al.)")
+        add("--first", type=number(int, 1), default=10,
+            help="first epoch for an alarm (RobustDARTS)")
     if method == "ada":
-        add("--max_decay", type=number(float, 0), default=0.03, help="largest weight decay (RobustDARTS)")
+        add("--max_decay", type=number(float, 0), default=0.03,
+            help="largest weight decay (RobustDARTS)")
     if method == "r_darts":
-        add("--train_epochs", type=number(int, 1), default=100, help="epochs of the brief training (DARTS)")
-        add("--train_layers", type=number(int, 3, 1000), default=8, help="its cells (RobustDARTS)")
-        add("--train_channels", type=number(int, 2, 4096), default=16, help="its channels (RobustDARTS)")
+        add("--train_epochs", type=number(int, 1), default=100,
+            help="epochs of the brief training (DARTS)")
+        add("--train_layers", type=number(int, 3, 1000), default=8, help="cells (RobustDARTS)")
+        add("--train_channels", type=number(int, 2, 4096), default=16,
+            help="its channels (RobustDARTS)")
     return parser
 
 
@@ -401,7 +412,7 @@ def parse_perturbation(arguments):
     add("--device", help="default: the search's")
     add("--out", help="run folder (default: RUN-perturbation)")
     add("--resume", metavar="FOLDER", help="continue an interrupted run, with its flags")
-    args = parse_flags(parser, arguments)
+    args = parse_flags(parser, arguments, lambda args: {})
     if args.resume is not None:
         return args
     folder = Path(vars(args).get("search", "RUN"))
@@ -421,7 +432,7 @@ def main(arguments):
         return print(__doc__)
     if arguments[0] not in METHODS:
         raise SystemExit(f"there is no method {arguments[0]}: choose one of {', '.join(METHODS)}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if WORLD > 1:
         raise SystemExit("baselines run in one process: start them without torchrun")
     METHODS[arguments[0]](arguments[1:])
 

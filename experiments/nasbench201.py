@@ -22,8 +22,8 @@ from torch import nn
 
 import search
 from experiments.tables import method
-from model import SearchCell, SuperNet, cifar_stem, conv_bn, make_alphas
-from run import Run, check_processes, join, start, write
+from model import SearchCell, SuperNet, conv_bn, make_alphas, stem_conv
+from run import RANK, Run, say, start, write
 
 PRIMITIVES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]    # (source, target); node 3 is the output
@@ -112,7 +112,7 @@ class SuperNet201(SuperNet):
     def __init__(self, C=16, layers=15, num_classes=10, node_norm=False, sqrt_beta=False):
         nn.Module.__init__(self)
         self.space, self.sqrt_beta = SPACE, sqrt_beta
-        stages = [cifar_stem(C)]
+        stages = [nn.Sequential(*stem_conv(3, C))]
         for stage in range(3):
             stages += [Residual(C // 2, C)] if stage else []
             stages += [Cell(C, node_norm) for _ in range(layers // 3)]
@@ -122,11 +122,10 @@ class SuperNet201(SuperNet):
         self.classifier = nn.Linear(C // 2, num_classes)
         self.alphas = make_alphas(SPACE)
 
-    def forward(self, x):
-        beta = self.mixing_weights()["cell"]
+    def features(self, x, beta):                            # (B, 4C)
         for stage in self.stages:
-            x = stage(x, beta) if isinstance(stage, Cell) else stage(x)
-        return self.classifier(F.relu(self.norm(x)).mean((2, 3)))
+            x = stage(x, beta["cell"]) if isinstance(stage, Cell) else stage(x)
+        return F.relu(self.norm(x)).mean((2, 3))
 
 
 def make_net(args, num_classes):
@@ -144,11 +143,12 @@ def search201(args, run):
         operations = parts.net.betas()["cell"].argmax(1).tolist()       # the largest beta; ties: the first
         values, rank = look_up(operations)
         record |= {"cell": to_text(operations), "accuracies": values, "rank": rank}
-        search.keep(parts, run, record)
-        run.say(search.epoch_line(record, f"{record['cell']} {describe(operations)}"))
-    if run.main:
-        write(run.result, json.dumps(summary(args, run.log)))
-        run.say(f"{run.result}: {record['cell']}\n{describe(operations)}")
+        search.save_epoch(parts, run, record)
+        say(search.epoch_line(record, f"{record['cell']} {describe(operations)}"))
+    summed = summary(args, run.log)
+    if RANK == 0:
+        write(run.result, json.dumps(summed))
+    say(f"{run.result}: {run.log[-1]['cell']}, rank {run.log[-1]['rank']:,}")
 
 
 def summary(args, log):
@@ -201,10 +201,7 @@ def main(arguments):
             return print(describe(from_text(args.cell)))
         except ValueError as error:
             raise SystemExit(f"--cell: {error}") from None
-    rank, world = join()
-    check_processes(args, world)
-    with Run(args, "result.json", main=rank == 0) as run:
-        search201(args, run)
+    search201(args, Run(args, "result.json"))
 
 
 if __name__ == "__main__":
