@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from run import RANK, WORLD, differing, make_seed, progress, read_json, reason, say
+from run import RANK, WORLD, differing, make_seed, number, progress, read_json, reason, say
 
 
 class Spec(NamedTuple):
@@ -47,6 +47,17 @@ FILES = {                                                   # what torchvision r
     "svhn": "train_32x32.mat and test_32x32.mat",
     "fashion_mnist": "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
 }
+
+
+def add_data_flags(parser):
+    add = parser.add_argument_group("the data").add_argument
+    add("--dataset", default="cifar10", choices=DATASETS,
+        help="section 5.1: cifar10; Table 2: imagenet")
+    add("--data", default="data",
+        help="folder of the data sets; for imagenet and folder, of train/ and val/")
+    add("--image_size", type=number(int, 8, 512),
+        help="side to which images are resized (default: as they are; folder: 32, imagenet: 224)")
+    add("--limit", type=number(int, 4), help="use the first LIMIT training images only")
 
 
 class Split(NamedTuple):

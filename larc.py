@@ -55,17 +55,14 @@ class LARC(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         factors = local_factors(params, grads, group["lr"], group["weight_decay"],
                                 group["trust_coefficient"], group["clip"])
-        steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])  # d = g + b w
-        torch._foreach_mul_(steps, factors)                                     # f d
-        if group["momentum"] > 0:
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, steps)                                 # m
-            steps = buffers
-        torch._foreach_add_(params, steps, alpha=-group["lr"])
+        steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])  # d
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_addcmul_(buffers, steps, factors)                # m <- momentum m + f d
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])        # w <- w - lr m
 
 
 def local_factors(params, grads, lr, weight_decay, trust_coefficient, clip):

@@ -395,7 +395,8 @@ def sep_conv(C, kernel, stride, affine):                    # twice; the second 
 
 
 def dil_conv(C, kernel, stride, affine):
-    depthwise = DilatedConv(C, C, kernel, stride, kernel - 1, dilation=2, groups=C, bias=False)
+    Conv = nn.Conv2d if affine else DilatedConv             # graph tools want torch's own
+    depthwise = Conv(C, C, kernel, stride, kernel - 1, dilation=2, groups=C, bias=False)
     return ReLUFirst(depthwise, nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine))
 
 

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DATASETS, Spec, make_batches, open_split
+from data import DATASETS, Spec, add_data_flags, make_batches, open_split
 from genotypes import load_genotype, to_json
 from model import Network, count_macs, count_parameters
-from run import (RANK, WORLD, Parser, Run, check_facts, device_name, find_device, folder_name,
-                 load_checkpoint, make_seed, means, metrics, number, one_first, parse_flags, place,
-                 progress, read_json, reason, say, share_buffers, start, to_bytes, write)
+from run import (RANK, WORLD, Parser, Run, add_run_flags, check_facts, device_name, find_device,
+                 folder_name, load_checkpoint, make_seed, means, metrics, number, one_first,
+                 parse_flags, place, progress, read_json, reason, say, share_buffers, start,
+                 to_bytes, write)
 
 CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36,
            "lr_scheduler": "cosine", "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9,
@@ -240,15 +241,11 @@ def make_parser():
         rows.append(flag.ljust(17) + "".join(values))
     parser = Parser("retrain.py", description=__doc__, epilog="\n".join([*rows, SOURCES]))
     parser.set_defaults(search=None)                        # of the cell, see source_of
-    add = parser.add_argument_group("the network and the data").add_argument
-    add("--genotype", help="a genotype.json, or a name that `python genotypes.py` lists")
-    add("--dataset", default="cifar10", choices=DATASETS, help="section 5.1: cifar10 and imagenet")
-    add("--data", default="data",
-        help="folder of the data sets; for imagenet and folder, of train/ and val/")
-    add("--image_size", type=number(int, 8, 512),
-        help="side to which images are resized (default: as they are; folder: 32, imagenet: 224)")
-    add("--limit", type=number(int, 2), help="use the first LIMIT training images only")
-
+    parser.add_argument("--genotype",
+                        help="a genotype.json, or a name that `python genotypes.py` lists")
+    parser.add_argument("--evaluate", metavar="FILE",
+                        help="test a run's weights.pt or checkpoint.pt, and end")
+    add_data_flags(parser)
     add = parser.add_argument_group("training (defaults: the table below)").add_argument
     add("--epochs", type=number(int, 1), help="number of epochs")
     add("--batch_size", type=number(int, 2), help="images in a step, all processes together")
@@ -266,14 +263,7 @@ def make_parser():
     add("--drop_path_prob", type=number(float, 0, 0.99), help="at the end; it grows from 0")
     add("--cutout_length", type=number(int, 0), help="side of the cut square in pixels; 0: none")
     add("--seed", type=number(int, 0), default=0, help="random seed; DARTS has 0")
-
-    add = parser.add_argument_group("the run").add_argument
-    add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
-    add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
-    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet, by GPU")
-    add("--out", help="run folder (default: in runs/, named after all flags not at their defaults)")
-    add("--resume", metavar="FOLDER", help="continue a run; --data and --device may change")
-    add("--evaluate", metavar="FILE", help="test a run's weights.pt or checkpoint.pt, and end")
+    add_run_flags(parser)
     return parser
 
 

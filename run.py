@@ -49,8 +49,7 @@ def number(kind, low, high=2**31 - 1, above=False):
         value = kind(text)
         if low < value <= high or (value == low and not above):
             return value
-        limits = f"{'above' if above else 'from'} {low}"
-        limits += f" to {high}" if high < 2**31 - 1 else ""
+        limits = f"{'above' if above else 'from'} {low} to {high}"
         raise argparse.ArgumentTypeError(f"it must be {limits}, not {text}")
     read.__name__ = "whole number" if kind is int else "number"     # for argparse's own message
     return read
@@ -74,15 +73,22 @@ def parse_flags(parser, arguments, defaults):
     if missing:
         raise SystemExit(f"{folder} was made by another version of {parser.prog}, without "
                          f"{', '.join(sorted(missing))}")
-    if saved.pop("processes") != WORLD:
-        raise SystemExit(f"{folder} is a run of another number of processes than {WORLD}")
-    args = parser.parse_args(arguments, argparse.Namespace(**saved, processes=WORLD))
+    args = parser.parse_args(arguments, argparse.Namespace(**saved))
+    now = {**vars(args), "processes": WORLD}
     for flag, value in saved.items():
-        now = getattr(args, flag)
-        if flag not in ("data", "device", "workers") and now != value:
-            raise SystemExit(f"--{flag} {now} differs from {value} in {folder}/config.json: leave "
-                             f"it out, or start a new run")
+        if flag not in ("data", "device", "workers") and now[flag] != value:
+            raise SystemExit(f"--{flag} {now[flag]} differs from {value} in {folder}/config.json: "
+                             f"leave it out, or start a new run")
     return args
+
+
+def add_run_flags(parser):
+    add = parser.add_argument_group("the run").add_argument
+    add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
+    add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
+    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet")
+    add("--out", help="run folder (default: in runs/, named after all flags not at their defaults)")
+    add("--resume", metavar="FOLDER", help="continue a run; --data and --device may change")
 
 
 def folder_name(words, args, parser, without):

@@ -22,13 +22,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import DATASETS, Batches, make_batches, open_split, read_proxy
+from data import Batches, add_data_flags, make_batches, open_split, read_proxy
 from genotypes import SPACES, Genotype, darts_notation, describe, to_json
 from larc import LARC
 from model import SuperNet
-from run import (RANK, WORLD, Parser, Run, average_gradients, device_name, find_device, folder_name,
-                 make_seed, means, metrics, number, one_first, parse_flags, place, progress, say,
-                 share_buffers, start, to_bytes, write)
+from run import (RANK, WORLD, Parser, Run, add_run_flags, average_gradients, device_name,
+                 find_device, folder_name, make_seed, means, metrics, number, one_first,
+                 parse_flags, place, progress, say, share_buffers, start, to_bytes, write)
 
 DEFAULTS = {  # of data sets that are not searched as DARTS searches CIFAR-10; ours
     "digits": {"layers": 3, "init_channels": 8, "epochs": 12, "arch_learning_rate": 6e-3},
@@ -314,25 +314,12 @@ def make_parser(program="search.py", description=__doc__):
     add("--stem_multiplier", type=number(int, 1, 64), default=3,
         help="channels of the stem, in units of --init_channels; the release: 1")
 
-    add = parser.add_argument_group("the data").add_argument
-    add("--dataset", default="cifar10", choices=DATASETS,
-        help="section 5.1: cifar10; Table 2: imagenet")
-    add("--data", default="data",
-        help="folder of the data sets; for imagenet and folder, of train/")
+    add_data_flags(parser)
+    add_run_flags(parser)
+    add = parser.add_argument
     add("--proxy", metavar="FILE", help="search on the images that proxy.py chose, in two halves")
-    add("--image_size", type=number(int, 8, 512),
-        help="side to which images are resized (default: as they are; folder: 32, imagenet: 224)")
-    add("--limit", type=number(int, 4), help="use the first LIMIT training images only")
-
-    add = parser.add_argument_group("the run").add_argument
-    add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
-    add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
-    add("--workers", type=number(int, 0), default=4,
-        help="processes that read each half of ImageNet")
     add("--keep_nets", action="store_true",
         help="keep the super-network of every epoch, for the figures")
-    add("--out", help="run folder (default: in runs/, named after all flags not at their defaults)")
-    add("--resume", metavar="FOLDER", help="continue a run; --data and --device may change")
     return parser
 
 
