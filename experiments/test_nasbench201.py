@@ -4,6 +4,8 @@
 """
 import itertools
 import json
+import math
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import nn
 
 import run
 import search
-from experiments import nasbench201, tables
+from experiments import figures, nasbench201, tables
 from experiments.nasbench201 import METHODS, SuperNet201, from_text, look_up, rank_sum_p, to_text
 from larc import LARC
 from model import mixing_weights
@@ -232,3 +234,92 @@ def test_the_rank_sum_test_with_ties_equals_brute_force():
     ways = [abs(pairs_above(chosen) - 8) for chosen in itertools.combinations(range(8), 4)]
     expected = sum(way >= ways[0] for way in ways) / len(ways)
     assert 0.1 < expected < 0.9 and rank_sum_p(values[:4], values[4:]) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- the picture and the table
+
+def made_up(method, seed, accuracy, **flags):
+    betas = [[0.1, 0.2 + seed / 100, 0.3, 0.3, 0.1 - seed / 100]] * 6
+    return {"method": method, "seed": seed, "flags": {"epochs": 3, "layers": 3, **flags},
+            "cells": [None] * len(accuracy), "accuracy": accuracy, "betas": betas}
+
+
+RUNS = [made_up("vs_darts_1", 0, [60.0, 93.0, 94.0], node_norm=True, larc=True, sqrt_beta=True),
+        *(made_up("darts_l2", seed, [92.0, 91.0, 90.0 - seed]) for seed in range(3)),
+        made_up("vs_darts_1", 1, [70.0, 92.0, 93.0], node_norm=True, larc=True, sqrt_beta=True)]
+
+
+def write_runs(runs, name="runs.jsonl"):
+    Path(name).write_text("".join(f"{json.dumps(run)}\n" for run in runs))
+
+
+def drawn(monkeypatch, *arguments):
+    """The axes of the picture, one for each method."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    pages, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda page, *a, **b: pages.append(page) or savefig(page, *a, **b))
+    figures.main(["nasbench201", *arguments, "--out=out"])
+    return {ax.get_title(): ax for ax in pages[0].axes}
+
+
+def test_the_picture_has_every_seed_the_median_and_the_marks(monkeypatch):
+    write_runs(RUNS)
+    panels = drawn(monkeypatch, "runs.jsonl")
+    assert [*panels] == ["DARTS-L2", "VS-DARTS"]
+    lines = [(line.get_label(), [*line.get_ydata()]) for line in panels["DARTS-L2"].lines]
+    assert lines[:3] == [("a seed", [92, 91, 90]), ("a seed", [92, 91, 89]), ("a seed", [92, 91, 88])]
+    assert lines[3] == ("median", [92, 91, 89])
+    assert [label for label, _ in lines[4:]] == [
+        "best cell, 94.37", "mean of all cells, 87.06", "all skip connections, 54.30"]
+    assert [round(y[0], 2) for _, y in lines[4:]] == [94.37, 87.06, 54.30]
+    assert [*panels["DARTS-L2"].lines[0].get_xdata()] == [1, 2, 3]
+
+
+def test_the_table_equals_a_plain_computation(capsys):
+    write_runs(RUNS)
+    figures.main(["nasbench201", "runs.jsonl"])
+    *_, darts, vs_darts = capsys.readouterr().out.splitlines()
+    deviation = statistics.stdev([90, 89, 88])
+    assert darts == (f"| DARTS-L2 | 3 | 89.00 | 89.00 ± {deviation:.2f} | 88.00 | 90.00 | 2 | - "
+                     "| 0.210 | 0.100 |")
+    p = 2 / math.comb(5, 2)                                 # two values above three others
+    assert vs_darts == f"| VS-DARTS | 2 | 93.50 | 93.50 ± 0.71 | 93.00 | 94.00 | 0 | {p:.4f} | 0.205 | 0.100 |"
+
+
+def test_an_unfinished_run_is_shown_but_not_tested(monkeypatch, capsys):
+    nasbench201.main([*TINY, "--epochs=2", "--out=part"])
+    Path("part/result.json").unlink()
+    first, log = read_log("part")[0], Path("part/log.jsonl")
+    log.write_text(log.read_text().splitlines()[0])
+    panel, = drawn(monkeypatch, "part").values()
+    assert [*panel.lines[0].get_ydata()] == [first["accuracies"]["CIFAR-10"]]
+    assert "| DARTS-L2 | 1 (1 unfinished) |" in capsys.readouterr().out
+    write_runs([*RUNS[:-1], {**RUNS[-1], "accuracy": [70.0]}])
+    figures.main(["nasbench201", "runs.jsonl"])
+    assert "| VS-DARTS | 2 (1 unfinished) | 82.00 | 82.00 ± 16.97 | 70.00 | 94.00 | 1 | - |" \
+        in capsys.readouterr().out
+
+
+def test_a_run_counts_once_and_methods_can_be_chosen(monkeypatch, capsys):
+    write_runs(RUNS)
+    write_runs([{**RUNS[0], "accuracy": [60.0]}], "before.jsonl")
+    drawn(monkeypatch, "before.jsonl", "runs.jsonl", "--method=VS-DARTS")
+    *_, rule, row = capsys.readouterr().out.splitlines()
+    assert rule.startswith("| ---") and row.startswith("| VS-DARTS | 2 | 93.50 |")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("runs.jsonl other.jsonl", 'the settings of the runs differ: {"epochs": 3, "layers": 3}, {"epochs": 3, "layers": 6}'),
+    ("runs.jsonl --method=DARTS", "these runs are of other methods"),
+    ("words.jsonl", "words.jsonl cannot be read"), ("nothing", "nothing/config.json cannot be read"),
+    ("log.jsonl", "log.jsonl has no run of experiments.nasbench201"),
+    ("search", "search has no run of experiments.nasbench201")])
+def test_what_is_no_run_is_refused_in_one_line(arguments, said):
+    write_runs(RUNS)
+    write_runs([made_up("darts", 0, [90.0], layers=6)], "other.jsonl")
+    write_runs([{"epoch": 0}], "log.jsonl")
+    write_runs(["words"], "words.jsonl")
+    Path("search").mkdir()
+    Path("search/config.json").write_text('{"program": "search.py", "space": "s1"}')
+    assert refusal(figures.main, ["nasbench201", *arguments.split()]).startswith(said)
+    assert not Path("runs").exists()
