@@ -1,13 +1,16 @@
 """The paper's figures, drawn from searches of your own. Sections 2.3, 3 and 4.
 
-    python -m experiments.figures 1 VS_DARTS         a cell: published, of a file, or of a search
-    python -m experiments.figures 3 RUN [RUN ...]    searches side by side; so are 2, 4, 5, 6, overview
+    python -m experiments.figures 1 VS_DARTS      a cell: published, of a file, or of a search
+    python -m experiments.figures 3 RUN ...       searches side by side; so are 2, 4, 5, 6, overview
     python -m experiments.figures 2 RUN --edge normal:1-3 --tune 2
+    python -m experiments.figures nasbench201 RUN ...     true accuracies, method by method
 
-A figure is a PNG, with its numbers beside it as JSON; of each search it prints those that a claim of the
-paper rests on. Figures 2, 3, 5 and 6 look into the networks that `search.py --keep_nets` keeps: on the first
-batch of the half for alpha, not augmented (figure 2: on all of it), normalized by the batch's own statistics,
-as Eq. 3 has it.
+A search that is not finished is drawn as far as it is. A figure is a PNG, with its numbers beside
+it as JSON; it prints those that a claim of the paper rests on. Figures 2, 3, 5 and 6 look into the
+networks that `search.py --keep_nets` keeps: on the first batch of the half for alpha (figure 2: on
+all of it; figure 5, which is about w: of the half for w), not augmented, normalized by the batch's
+own statistics, as Eq. 3 has it. For nasbench201 a RUN is a folder of experiments.nasbench201, or a
+file like experiments/nasbench201.jsonl, with a run on each line.
 """
 import argparse
 import copy
@@ -24,33 +27,42 @@ import torch
 
 import search
 from data import Batches
-from experiments.tables import method
-from genotypes import SPACES, load_genotype
-from larc import local_factors
+from experiments import nasbench201, tables
+from genotypes import SPACES, Genotype, load_genotype
 from model import OPS, ReLUFirst, mixing_weights
-from run import (Parser, find_device, load_checkpoint, make_seed, number, place, progress, read_json,
-                 start, write)
+from run import (Parser, find_device, load_checkpoint, make_seed, number, place, progress,
+                 read_json, reason, start, write)
 
 COLORS = {name: f"C{k}" for k, name in enumerate(OPS)}
+METHODS = {short: name for name, short in nasbench201.METHODS.items()}
 
 
 # ---------------------------------------------------------------- runs and their super-networks
 
-def read_run(folder, options):
-    """(title, run): the flags of a finished search, with its folder and its log."""
-    path, log = Path(folder), Path(folder) / "log.jsonl"
-    run = argparse.Namespace(**read_json(path / "config.json"), folder=folder)
-    lines = log.read_text().splitlines() if log.exists() else ["{}"]
-    run.log = [json.loads(line) for line in lines]
-    if "alphas" not in run.log[0] or not (path / "genotype.json").exists():
-        raise SystemExit(f"{folder} is not the folder of one finished search")
+def read_search(folder, options):
+    """(title, the flags of a search, its folder and its log, which may be that of a part)."""
+    flags, log = read_json(Path(folder) / "config.json"), [{}]
+    if flags.get("space") in SPACES:
+        log = read_lines(Path(folder) / "log.jsonl")
+    if "alphas" not in log[-1]:
+        raise SystemExit(f"{folder} is a run of {flags.get('program')}, not of search.py")
+    run = argparse.Namespace(**{**flags, "folder": folder, "out": folder, "log": log})
     run.device, run.data = options.device or run.device, options.data or run.data
-    run.out = folder                                        # it may have been moved
     for edge in options.edge:
         edge_row(SPACES[run.space], edge)
     if options.figure in "2356":
         load_net(run, options.epoch or 0)                   # is it there?
-    return f"{method(vars(run))}: {folder}", run
+    part = f", {len(log)} of {run.epochs} epochs" * (len(log) < run.epochs)
+    return f"{tables.method(flags)}{part}: {folder}", run
+
+
+def read_lines(path):
+    """The objects in a log, or in another file that has one on each line."""
+    try:
+        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        hint = ": no epoch is finished" if isinstance(error, FileNotFoundError) else ""
+        raise SystemExit(f"{path} cannot be read ({reason(error)}{hint})") from None
 
 
 def load_net(run, epoch):
@@ -64,12 +76,15 @@ def load_net(run, epoch):
     return place(net, find_device(run.device))
 
 
-def over_epochs(run, look):
-    """The dict that look(net, images, labels, epoch) returns after 0, 1, ... epochs, but of lists."""
-    _, half = search.read_halves(run, find_device(run.device))
-    images, labels = next(Batches(half, run.batch_size, train=False).epoch(0))
-    count, seen = len(run.log) + 1, []
-    for epoch in progress(range(count), f"super-networks of {run.folder}", count):
+def over_epochs(run, look, half=1):
+    """The dict that look(net, images, labels, epoch) returns, of lists: after 0, 1, ... epochs.
+
+    half: 0, that for w, or 1, that for alpha.
+    """
+    split = search.read_halves(run, find_device(run.device))[half]
+    images, labels = next(Batches(split, run.batch_size, train=False).epoch(0))
+    epochs, seen = range(len(run.log) + 1), []
+    for epoch in progress(epochs, f"super-networks of {run.folder}", len(epochs)):
         torch.manual_seed(0)                                # S4's noise: the same in each
         seen.append(look(load_net(run, epoch).train(), images, labels, epoch))
     return transpose(seen)
@@ -95,18 +110,18 @@ def capture(net, images, modules):
     return [seen[module] for module in modules]
 
 
-def middle(net, kind):
-    """The number of the middle cell of a kind, "normal" or "reduce"."""
-    layers = [layer for layer, cell_type in enumerate(net.cell_types) if cell_type == kind]
+def middle(net, cell_type):
+    """The layer of the middle one of the normal cells, or of the reduction cells."""
+    layers = [layer for layer, found in enumerate(net.cell_types) if found == cell_type]
     return layers[len(layers) // 2]
 
 
 def edge_row(space, edge):
-    """("normal" or "reduce", row of the alphas, primitives) of an edge such as "normal:0-2"."""
-    for kind, edges in space.items():
+    """(cell type, row of its alphas, primitives) of an edge such as "normal:0-2"."""
+    for cell_type, edges in space.items():
         for row, ((i, j), primitives) in enumerate(edges.items()):
-            if edge == f"{kind}:{i}-{j}":
-                return kind, row, primitives
+            if edge == f"{cell_type}:{i}-{j}":
+                return cell_type, row, primitives
     raise SystemExit(f"--edge {edge}: there is none; the first is normal:0-2, the last reduce:4-5")
 
 
@@ -119,33 +134,37 @@ def covariance(x, y):
 # ---------------------------------------------------------------- figure 1: a cell as a graph
 
 def read_cell(name, options):
-    """(title, genotype) of a published cell, of a file, or of a search's folder."""
-    file = str(Path(name) / "genotype.json") if Path(name).is_dir() else name
+    """(title, genotype), published, of a file or of a search: if it goes on, of its last epoch."""
+    file = Path(name) / "genotype.json"
+    if Path(name).is_dir() and not file.exists():
+        title, run = read_search(name, options)
+        return title, Genotype(**run.log[-1]["genotype"])
     try:
-        return name, load_genotype(file)
+        return name, load_genotype(str(file) if file.exists() else name)
     except ValueError as error:
         raise SystemExit(str(error)) from None
 
 
-def draw1(column, cells):
-    for ax, kind in zip(column, ("normal", "reduce")):
-        draw_cell(ax, cells[kind], cells[f"{kind}_concat"])
-        ax.set_title(kind, loc="left")
+def draw1(column, genotype):
+    for ax, cell_type in zip(column, ("normal", "reduce")):
+        draw_cell(ax, genotype[cell_type], genotype[f"{cell_type}_concat"])
+        ax.set_title(cell_type, loc="left")
         ax.set_axis_off()
 
 
 def draw_cell(ax, nodes, concat):
-    """Nodes on a line, an arc for every edge. Arcs of one span have one height, so none hides another."""
+    """Nodes on a line, an arc for every edge, as high as it is long: none hides another."""
     last, drawn, t = len(nodes) + 2, [], np.linspace(0, np.pi, 60)
     edges = [(i, j, name) for j, node in enumerate(nodes, start=2) for name, i in node]
+    middle, box = {"ha": "center", "va": "center"}, {"fc": "white", "ec": "none", "pad": 0.5}
     for i, j, name in [*edges, *((i, last, "") for i in concat)]:
         height = 0.62 * (j - i) + 0.3 * drawn.count((i, j)) if name else 0.18 * (i - j)
         drawn.append((i, j))
-        color, box = COLORS.get(name, "0.75"), {"fc": "white", "ec": "none", "pad": 0.5}
+        color = COLORS.get(name, "0.75")
         ax.plot((i + j) / 2 - (j - i) / 2 * np.cos(t), height * np.sin(t), color=color)
-        ax.text((i + j) / 2, height, name, color=color, ha="center", va="center", bbox=box)
+        ax.text((i + j) / 2, height, name, color=color, bbox=box, **middle)
     for node, name in enumerate(["cell before\nthe last", "last\ncell", *range(2, last), "output"]):
-        ax.text(node, 0, name, ha="center", va="center", bbox={"fc": "white", "boxstyle": "round"})
+        ax.text(node, 0, name, bbox={"fc": "white", "boxstyle": "round"}, **middle)
 
 
 # ---------------------------------------------------------------- figure 2: beta and accuracy
@@ -158,8 +177,11 @@ def kendall_tau(x, y):
 
 @torch.no_grad()
 def answers(net, half, images):
-    """Which of the half's first images are classified right, bool (images,); normalized by batch, as in
-    ruocwang/darts-pt 4ec3149: running statistics would be those of another mixture."""
+    """Which of the half's first images are classified right, bool (images,).
+
+    Normalized by batch, as in ruocwang/darts-pt 4ec3149: running statistics would be those of
+    another mixture.
+    """
     net.train()
     torch.manual_seed(0)                                    # S4's noise: the same in each
     batches = Batches(half.part(0, images), 512, train=False).epoch(0)
@@ -178,47 +200,49 @@ def tune(net, run, w_half, epochs):
 
 
 @torch.no_grad()
-def alone(net, kind, row, operation):
+def alone(net, cell_type, row, operation):
     """Section 2.3: leaves one operation on an edge, at beta = 1; all else stays as it is."""
-    net.alphas[kind][row] = float("-inf")
-    net.alphas[kind][row, operation] = 0
+    net.alphas[cell_type][row] = float("-inf")
+    net.alphas[cell_type][row, operation] = 0
 
 
 def compare(beta, right):
-    """Accuracies in percent of operations with these answers(), tau between them and beta, and its ceiling:
-    tau between the accuracies on two halves of the images. No beta can follow what does not repeat."""
+    """right: the answers() with each operation alone. {"accuracy": percent of each, "tau": between
+    them and beta, "ceiling": between accuracies on two halves of the images}. No beta can follow
+    what does not repeat itself."""
     right = 100 * torch.stack(right).double()               # (operations, images)
-    every, even, odd = (part.mean(1).tolist() for part in (right, right[:, ::2], right[:, 1::2]))
+    parts = right, right[:, ::2], right[:, 1::2]
+    every, even, odd = (part.mean(1).tolist() for part in parts)
     return {"accuracy": every, "tau": kendall_tau(beta, every), "ceiling": kendall_tau(even, odd)}
 
 
 def measure2(run, options):
-    """Of every edge, beta and accuracy of each operation but `none`, at once and "at convergence"."""
+    """Of every edge, beta and accuracy of each operation but `none`, at once and tuned."""
     net, edges = load_net(run, len(run.log) if options.epoch is None else options.epoch), {}
     w_half, alpha_half = search.read_halves(run, find_device(run.device))
     alphas = copy.deepcopy(net.alphas.state_dict())
-    names = [f"{kind}:{i}-{j}" for kind in net.space for i, j in net.space[kind]]
-    for edge in progress(names, f"edges of {run.folder}", len(names)):
-        kind, row, primitives = edge_row(net.space, edge)
+    names = [f"{cell_type}:{i}-{j}" for cell_type in net.space for i, j in net.space[cell_type]]
+    for name in progress(names, f"edges of {run.folder}", len(names)):
+        cell_type, row, primitives = edge_row(net.space, name)
         operations = {name: o for o, name in enumerate(primitives) if name != "none"}
-        beta = net.betas()[kind][row, [*operations.values()]].tolist()
-        edges[edge] = {"operations": [*operations], "beta": beta}
-        for when in ("at once", "tuned") if options.tune and edge in options.edge else ("at once",):
+        beta = net.betas()[cell_type][row, [*operations.values()]].tolist()
+        edges[name] = {"operations": [*operations], "beta": beta}
+        for when in ("at once", "tuned") if options.tune and name in options.edge else ("at once",):
             right = []
             for operation in operations.values():
-                alone(net, kind, row, operation)
+                alone(net, cell_type, row, operation)
                 discrete = net
                 if when == "tuned":
                     discrete = copy.deepcopy(net)
                     tune(discrete, run, w_half, options.tune)
                 right.append(answers(discrete, alpha_half, options.images))
-            edges[edge][when] = compare(beta, right)
+            edges[name][when] = compare(beta, right)
         net.alphas.load_state_dict(alphas)
     means = {}
-    for when in ("at once", "tuned"):
-        found = [edge[when] for edge in edges.values() if when in edge]
-        for key in ("tau", "ceiling") if found else ():
-            means[f"mean {key}, {when}"] = float(np.mean([edge[key] for edge in found]))
+    for when, key in itertools.product(("at once", "tuned"), ("tau", "ceiling")):
+        found = [edge[when][key] for edge in edges.values() if when in edge]
+        if found:
+            means[f"mean {key}, {when}"] = float(np.mean(found))
     return {"means": means, "chosen": options.edge, "edges": edges}
 
 
@@ -226,8 +250,8 @@ def draw2(column, numbers):
     for name, above, below in zip(numbers["chosen"], column[::2], column[1::2]):
         draw_edge(above, below, name, numbers["edges"][name])
     found = transpose([edge["at once"] for edge in numbers["edges"].values()])
-    names = ("tau, at once", "ceiling, at once")
-    column[-1].hist([found["tau"], found["ceiling"]], np.linspace(-1, 1, 15), label=names)
+    column[-1].hist([found["tau"], found["ceiling"]], np.linspace(-1, 1, 15),
+                    label=("tau, at once", "ceiling, at once"))
     means = "\n".join(f"{key}: {value:.2f}" for key, value in numbers["means"].items())
     column[-1].set(ylabel="edges", xlabel=means)
 
@@ -250,7 +274,7 @@ def draw_edge(above, below, name, edge):
     above.set_ylabel("accuracy, %")
 
 
-# ---------------------------------------------------------------- figures 3 and 4: nodes, beta of none
+# ---------------------------------------------------------------- figures 3 and 4: by node
 
 @torch.no_grad()
 def node_variances(net, layer, images):
@@ -270,22 +294,19 @@ def claim3(numbers):
     return {"largest over smallest variance at the end": max(last) / min(last)}
 
 
-def none_per_node(space, alphas):
-    """Section 4.1: {"N2": beta of `none`, mean over the edges into the normal cell's node 2, ..., "R5"}."""
-    into = {}
-    for kind, edges in space.items():
-        betas = mixing_weights(torch.tensor(alphas[kind])).tolist()
-        for (_, j), primitives, beta in zip(edges, edges.values(), betas):
-            into.setdefault(f"{kind[0].upper()}{j}", []).append(beta[primitives.index("none")])
-    return {node: sum(values) / len(values) for node, values in into.items()}
-
-
 def measure4(run, options):
-    """At the end, by node; mean_by_epoch: over all edges, after 1, 2, ... epochs."""
-    operations = SPACES[run.space]["normal"][0, 2]
+    """Section 4.1. none: mean beta of `none` on the edges into each node at the end, {"N2": ...}.
+    mean_by_epoch: over all edges, after 1, 2, ... epochs."""
+    space, into = SPACES[run.space], {}
+    operations = space["normal"][0, 2]
     if "none" not in operations:
         raise SystemExit(f"{run.folder}: there is no `none` in space {run.space}")
-    return {"none": none_per_node(SPACES[run.space], run.log[-1]["alphas"]), "uniform": 1 / len(operations),
+    for cell_type, alpha in run.log[-1]["alphas"].items():
+        for (_, j), beta in zip(space[cell_type], mixing_weights(torch.tensor(alpha)).tolist()):
+            node = into.setdefault(f"{cell_type[0].upper()}{j}", [])
+            node.append(beta[operations.index("none")])
+    return {"none": {node: float(np.mean(found)) for node, found in into.items()},
+            "uniform": 1 / len(operations),
             "mean_by_epoch": [record["beta_none"] for record in run.log]}
 
 
@@ -300,28 +321,27 @@ def draw4(column, numbers):
     ax.set(xlabel="node of the normal (N) or reduction (R) cell", ylabel="mean beta of none")
 
 
-# ---------------------------------------------------------------- figure 5: gradients into the last node
+# ---------------------------------------------------------------- figure 5: gradients
 
-def sep_conv_gradients(net, layer, images, labels, args, lr, decay):
-    """Section 4.2, of the weights w of the 3x3 separable convolution on each edge into the last node:
+def sep_conv_gradients(net, layer, images, labels, args):
+    """Section 4.2, of the weights w of the 3x3 separable convolution on edges into the last node.
 
-    {edge: (|g|, |g| / |w|, |step| / |w|)}, g being the gradient. The step is lr f (g + decay w), the search's
-    next one without momentum, with its clip of g; f is LARC's factor of each tensor, or 1.
+    {edge: (|g|, |g| / |w|, |step| / |w|)}, g being the gradient. The step is the search's, with its
+    clip of g, but without momentum. args: flags, with the epoch's learning rate and weight decay.
     """
-    loss, _ = search.loss_of(net, images, labels)
-    loss.backward(inputs=net.weights)
-    clip = min(1, args.grad_clip / (norm([w.grad for w in net.weights]) + 1e-6))  # as torch does
-    cell, values = net.cells[layer], {}
-    for edge, mixed in cell.edges.items():
-        if not edge.endswith(f"-{len(cell.normalize) + 1}") or "sep_conv_3x3" not in mixed.ops:
-            continue
-        weights, factors = list(mixed.ops["sep_conv_3x3"].parameters()), itertools.repeat(1)
-        grads = [clip * w.grad for w in weights]
-        if args.larc:
-            factors = local_factors(weights, grads, lr, decay, args.larc_trust, args.larc_clip)
-        step = [lr * f * (g + decay * w) for f, g, w in zip(factors, grads, weights)]
-        g, w = norm([w.grad for w in weights]), norm(weights)
-        values[edge] = g, g / w, norm(step) / w
+    moved, values = copy.deepcopy(net), {}
+    optimizer, _, _ = search.make_optimizers(moved, args)
+    torch.manual_seed(0)                                    # S4's noise: the same in both
+    search.loss_of(net, images, labels)[0].backward(inputs=net.weights)
+    torch.manual_seed(0)
+    search.weight_step(moved, optimizer, images, labels, args.grad_clip)
+    last = len(net.cells[layer].normalize) + 1
+    for edge, mixed in net.cells[layer].edges.items():
+        if edge.endswith(f"-{last}") and "sep_conv_3x3" in mixed.ops:
+            before = [*mixed.ops["sep_conv_3x3"].parameters()]
+            after = moved.cells[layer].edges[edge].ops["sep_conv_3x3"].parameters()
+            w, g = norm(before), norm([w.grad for w in before])
+            values[edge] = g, g / w, norm([a - b for a, b in zip(after, before)]) / w
     return values
 
 
@@ -331,48 +351,55 @@ def norm(tensors):
 
 def measure5(run, options):
     def look(net, images, labels, epoch):
-        cosine = (1 + np.cos(np.pi * epoch / run.epochs)) / 2
-        lr = run.learning_rate_min + (run.learning_rate - run.learning_rate_min) * cosine
-        decay = [*run.log, run.log[-1]][epoch].get("weight_decay", run.weight_decay)  # ADA changes it
-        edges = sep_conv_gradients(net, middle(net, "normal"), images, labels, run, lr, decay)
+        record = [*run.log, run.log[-1]][epoch]             # the last has none of its own
+        decay = record.get("weight_decay", run.weight_decay)                # ADA changes it
+        args = {**vars(run), "learning_rate": record["lr"], "weight_decay": decay}
+        edges = sep_conv_gradients(net, middle(net, "normal"), images, labels,
+                                   argparse.Namespace(**args))
         if not edges:
             raise SystemExit(f"{run.folder}: no sep_conv_3x3 into the last node")
-        kinds = dict(zip(("|g|", "|g| / |w|", "|step| / |w|"), zip(*edges.values())))
-        ratios = {kind: max(line) / min(line) if min(line) else None for kind, line in kinds.items()}
-        return {**{kind: dict(zip(edges, kinds[kind])) for kind in kinds}, "largest over smallest": ratios}
-    return over_epochs(run, look)
+        sizes = zip(("|g|", "|g| / |w|", "|step| / |w|"), zip(*edges.values()))
+        return {size: dict(zip(edges, values)) for size, values in sizes}
+    return over_epochs(run, look, half=0)
 
 
 def claim5(numbers):
     """The paper's claim is about "early epochs"; here from 0, the untrained network, to 5."""
-    ratios = {kind: np.array(numbers["largest over smallest"][kind][:6], float)         # None: nan
-              for kind in ("|g| / |w|", "|step| / |w|")}
-    return {f"largest over smallest {kind}, epochs 0 to 5": float(np.exp(np.log(ratio).mean()))
-            for kind, ratio in ratios.items()}
+    claims = {}
+    for size in ("|g| / |w|", "|step| / |w|"):
+        logs = np.log([line[:6] for line in numbers[size].values()])        # (edges, epochs)
+        spread = float(np.exp(np.ptp(logs, 0).mean()))
+        claims[f"largest over smallest {size}, epochs 0 to 5"] = spread
+    return claims
 
 
-# ---------------------------------------------------------------- figure 6: variances and covariances
+# ---------------------------------------------------------------- figure 6: Eq. 4
+
+RATIOS = ("variance ratio", "sigma ratio")                  # 6a: the caption's, the text's
+
 
 @torch.no_grad()
-def mixed_variance(net, kind, row, images):
-    """Section 4.3, of an edge in the middle cell of its kind. With w_o = beta_o, or its root:
+def mixed_variance(net, cell_type, row, images):
+    """Section 4.3, of an edge in the middle cell of its type. With w_o = beta_o, or its root:
 
-    ratio        variance of the mixed operation over that of its input (6a)
-    covariances  Cov(o_i, o_j) of every two operations but `none`; on the diagonal the variances (6b)
-    squares, C   the two sums of Eq. 4: w_o^2 Cov(o, o) over o, and w_i w_j Cov(o_i, o_j) over i != j
-    squares_without_none, C_without_none: the same, with the other betas scaled to a sum of 1: in Eq. 6
-                 the first sum is 1, but the beta of `none` is missing in it: its variance is 0
+    variance ratio  of the mixed operation to its input: 6a, by its caption
+    sigma ratio     its root, of deviations: 6a, by the text
+    covariances     Cov(o_i, o_j) of every two operations but `none`; for i = j the variance (6b)
+    squares, C      the sums of Eq. 4: w_o^2 Cov(o, o) over o, w_i w_j Cov(o_i, o_j) over i != j
+    squares_without_none, C_without_none: the same, with the other betas scaled to a sum of 1. In
+                 Eq. 6 the first sum is 1; but `none`, whose variance is 0, adds no beta to it
     """
-    mixed = list(net.cells[middle(net, kind)].edges.values())[row]
+    mixed = list(net.cells[middle(net, cell_type)].edges.values())[row]
     bodies = [op.body if isinstance(op, ReLUFirst) else op for op in mixed.ops.values()]
     *seen, (x, output) = capture(net, images, [*bodies, mixed])
     covariances = np.array([[covariance(a, b) for _, b in seen] for _, a in seen])
-    beta = dict(zip(mixed.primitives, mixing_weights(net.alphas[kind][row]).tolist()))
-    beta = np.array([beta[name] for name in mixed.ops])
-    values = {"variance": covariance(output, output)}
-    values["ratio"] = values["variance"] / covariance(x, x)
+    beta = zip(mixed.primitives, net.betas()[cell_type][row].tolist())
+    beta = np.array([b for name, b in beta if name != "none"])
+    variance = covariance(output, output)
+    ratio = variance / covariance(x, x)
     rows = [dict(zip(mixed.ops, row)) for row in covariances.tolist()]
-    values["covariances"] = dict(zip(mixed.ops, rows))
+    values = {"variance": variance, "variance ratio": ratio, "sigma ratio": ratio ** 0.5,
+              "covariances": dict(zip(mixed.ops, rows))}
     for suffix, b in (("", beta), ("_without_none", beta / beta.sum())):
         w = np.sqrt(b) if net.sqrt_beta else b
         values[f"squares{suffix}"] = float(w ** 2 @ covariances.diagonal())
@@ -382,13 +409,14 @@ def mixed_variance(net, kind, row, images):
 
 def measure6(run, options):
     def look(net, images, labels, epoch):
-        return {edge: mixed_variance(net, *edge_row(net.space, edge)[:2], images) for edge in options.edge}
+        return {edge: mixed_variance(net, *edge_row(net.space, edge)[:2], images)
+                for edge in options.edge}
     return over_epochs(run, look)
 
 
 def draw6(column, edges):
-    ratios = {name: edge["ratio"] for name, edge in edges.items()}
-    draw_panels(column, {"variance of output / input": ratios})
+    ratios = {f"{key}, {name}": edge[key] for name, edge in edges.items() for key in RATIOS}
+    draw_panels(column, {"output / input": ratios})
     for (name, edge), pairs, sums in zip(edges.items(), column[1::2], column[2::2]):
         draw_pairs(pairs, name, edge["covariances"])
         for key, style in (("variance", "k-"), ("squares", "b-"), ("squares_without_none", "b:"),
@@ -398,7 +426,7 @@ def draw6(column, edges):
 
 
 def pairs_by_weights(name, covariances):
-    """[(how many of the two have no weights, their covariance by epoch)]. At stride 2 the skip has some."""
+    """[(how many of the two have no weights, covariance by epoch)]. A skip of stride 2 has."""
     weightless = {"max_pool_3x3", "avg_pool_3x3", "noise", "skip_connect"}
     if name.startswith(("reduce:0-", "reduce:1-")):
         weightless.remove("skip_connect")
@@ -416,17 +444,98 @@ def draw_pairs(ax, name, covariances):
 
 def claim6(edges):
     """6a: "after the early stages", here the first fifth. 6b, Eq. 6: at the end."""
-    values = {}
+    claims = {}
     for name, edge in edges.items():
-        ratio = np.array(edge["ratio"][len(edge["ratio"]) // 5:])
-        values[f"{name}: (largest - smallest ratio) / mean"] = float(np.ptp(ratio) / ratio.mean())
-        values[f"{name}: C / squares"] = edge["C"][-1] / edge["squares"][-1]
+        for key in RATIOS:
+            ratio = np.array(edge[key][len(edge[key]) // 5:])
+            spread = float(np.ptp(ratio) / ratio.mean())
+            claims[f"{name}: (largest - smallest {key}) / mean"] = spread
+        claims[f"{name}: C / squares"] = edge["C"][-1] / edge["squares"][-1]
         pairs = pairs_by_weights(name, edge["covariances"])
-        for text, kinds in (("covariance without weights", [2]), ("other covariance", [0, 1])):
-            last = [covariance[-1] for kind, covariance in pairs if kind in kinds]
+        for text, groups in (("covariance without weights", [2]), ("other covariance", [0, 1])):
+            last = [covariance[-1] for group, covariance in pairs if group in groups]
             if last:
-                values[f"{name}: {text}"] = float(np.mean(last))
-    return values
+                claims[f"{name}: {text}"] = float(np.mean(last))
+    return claims
+
+
+# ---------------------------------------------------------------- NAS-Bench-201
+
+def read_methods(options):
+    """[(method, its runs)], in the order of METHODS. A run that is given twice counts once."""
+    runs, settings, free = {}, set(), tables.FREE | tables.COMPARED
+    for run in itertools.chain(*map(read_runs201, options.runs)):
+        key, flags = (run["method"], run["seed"]), run["flags"]
+        runs[key] = max(run, runs.get(key, run), key=lambda run: len(run["accuracy"]))
+        settings.add(json.dumps({flag: flags[flag] for flag in sorted(flags.keys() - free)}))
+    if len(settings) > 1:
+        raise SystemExit(f"the settings of the runs differ: {', '.join(sorted(settings))}")
+    found = tables.groups(runs.values(), lambda run: run["method"])
+    names = METHODS | {method: method for method in found.keys() - METHODS.keys()}
+    wanted = [(name, found[method]) for method, name in names.items()
+              if method in found and name in (options.method or [name])]
+    if not wanted:
+        raise SystemExit("these runs are of other methods")
+    return wanted
+
+
+def read_runs201(name):
+    """Runs as nasbench201.summary has them: those in a file, or the one in a folder."""
+    if Path(name).is_file():
+        runs = read_lines(Path(name))
+        if all({"method", "seed", "flags", "accuracy", "betas"} <= run.keys() for run in runs):
+            return runs
+    elif (flags := read_json(Path(name) / "config.json")).get("space") == "nasbench201":
+        log = read_lines(Path(name) / "log.jsonl")
+        return [nasbench201.summary(argparse.Namespace(**flags), log)]
+    raise SystemExit(f"{name} has no run of experiments.nasbench201")
+
+
+def measure201(runs, options):
+    """accuracies: percent, by seed and epoch. median: by epoch, as far as all seeds are.
+
+    unfinished: how many of the runs. beta: by operation, mean over edges and seeds at the end.
+    """
+    whole = nasbench201.make_parser().get_default("epochs")
+    accuracies = [run["accuracy"] for run in runs]
+    betas = np.mean([run["betas"] for run in runs], (0, 1)).tolist()
+    return {"seeds": [run["seed"] for run in runs], "accuracies": accuracies,
+            "median": np.median([*zip(*accuracies)], 1).tolist(),
+            "unfinished": sum(len(run["accuracy"]) < run["flags"].get("epochs", whole)
+                              for run in runs),
+            "beta": dict(zip(nasbench201.PRIMITIVES, betas))}
+
+
+def draw201(column, numbers):
+    table, (ax,) = nasbench201.accuracies()[..., 0] / 100, column
+    for line in numbers["accuracies"]:
+        ax.plot(range(1, len(line) + 1), line, "C0", linewidth=0.6, label="a seed")
+    median = numbers["median"]
+    ax.plot(range(1, len(median) + 1), median, "C3", linewidth=2, label="median")
+    marks = (("best cell", table.max(), ":"), ("mean of all cells", table.mean(), "-."),
+             ("all skip connections", table[(1,) * 6], "--"))
+    for name, value, style in marks:
+        ax.axhline(value, color="0.3", linewidth=0.8, linestyle=style, label=f"{name}, {value:.2f}")
+    ax.set(xlabel="epoch", ylabel="CIFAR-10 accuracy, %", xlim=(0, None), ylim=(50, 96))
+
+
+def print_table201(numbers):
+    """Markdown, of the last epoch's cells. p: against DARTS-L2, where all runs are finished."""
+    tables.print_row("method", "seeds", "median", "mean ± deviation", "least", "most",
+                     "below 90 %", "p", "beta of skip_connect", "beta of none")
+    tables.print_row(*["---"] * 10)
+    base = numbers.get("DARTS-L2", {"unfinished": 1})
+    for name, run in numbers.items():
+        last, p = [line[-1] for line in run["accuracies"]], "-"
+        if name != "DARTS-L2" and not run["unfinished"] + base["unfinished"]:
+            p = nasbench201.rank_sum_p(last, [line[-1] for line in base["accuracies"]])
+            p = f"{p:.4f}"
+        part = f" ({run['unfinished']} unfinished)" if run["unfinished"] else ""
+        deviation = f" ± {np.std(last, ddof=1):.2f}" if len(last) > 1 else ""
+        tables.print_row(name, f"{len(last)}{part}", f"{np.median(last):.2f}",
+                         f"{np.mean(last):.2f}{deviation}", f"{min(last):.2f}", f"{max(last):.2f}",
+                         str(sum(value < 90 for value in last)), p,
+                         *(f"{run['beta'][name]:.3f}" for name in ("skip_connect", "none")))
 
 
 # ---------------------------------------------------------------- overview, drawing, the command
@@ -435,12 +544,13 @@ def measure_overview(run, options):
     """Losses, accuracies, betas and chosen operations, from the log; not of epoch 0."""
     panels = {"loss": ("train_loss", "valid_loss"), "accuracy, %": ("train_acc", "valid_acc"),
               "mean beta": ("beta_none", "beta_skip")}      # None: not there
-    log = transpose(run.log)
     for text, keys in panels.items():
-        panels[text] = {key: [None, *log[key]] for key in keys if log[key][0] is not None}
-    cells = [json.dumps(record["genotype"]) for record in run.log]
+        lines = {key: [None, *(record[key] for record in run.log)] for key in keys}
+        panels[text] = {key: line for key, line in lines.items() if any(line)}
+    cells = [json.dumps(record.get("genotype")) for record in run.log]  # none in experiments/runs
     counts = {name: [None, *(cell.count(f'"{name}"') for cell in cells)] for name in OPS}
-    return {**panels, "chosen operations": {name: counts[name] for name in OPS if any(counts[name])}}
+    panels["chosen operations"] = {name: line for name, line in counts.items() if any(line)}
+    return panels
 
 
 def draw_panels(column, panels):
@@ -448,7 +558,8 @@ def draw_panels(column, panels):
     for ax, (text, lines) in zip(column, panels.items()):
         for name, values in lines.items():
             ax.plot(values, ".-", color=COLORS.get(name), label=name)
-        ax.set(xlabel="epoch", ylabel=text, yscale="log" if "|" in text else "linear")
+        ax.set(xlabel="epoch", ylabel=text, xlim=(0, None))
+        ax.set_yscale("log" if "|" in text else "linear")
 
 
 def picture(title, draw, rows, panel, numbers):
@@ -462,7 +573,7 @@ def picture(title, draw, rows, panel, numbers):
         axes = page.subplots(rows, len(numbers), squeeze=False, sharey="row")
         for column, (name, run) in zip(axes.T, numbers.items()):
             draw(column, run)
-            column[0].set_title(textwrap.fill(name, 46))
+            column[0].set_title(textwrap.fill(name, int(14 * panel[0])))
         for row in axes:
             found = [zip(*ax.get_legend_handles_labels()) for ax in row]
             lines = {text: line for line, text in itertools.chain(*found)}
@@ -476,35 +587,41 @@ def picture(title, draw, rows, panel, numbers):
     return content.getvalue()
 
 
-# title, measure(run, options), draw(axes of one column, numbers), rows (0: one, and two for each --edge),
-# numbers to print (numbers)
+# title, measure(run, options), draw(axes of one column, numbers), rows (0: one, and two for each
+# --edge), numbers to print (numbers)
 FIGURES = {
-    "1": ("Figure 1: a cell as a graph", lambda genotype, options: genotype._asdict(), draw1, 2, None),
+    "1": ("Figure 1: a cell as a graph", lambda genotype, _: genotype._asdict(), draw1, 2, None),
     "2": ("Figure 2: beta and discretization accuracy", measure2, draw2, 0, claim2),
-    "3": ("Figure 3: variance of each node's output, middle cell", measure3, draw_panels, 1, claim3),
+    "3": ("Figure 3: variance of each node's output, middle cell", measure3, draw_panels, 1,
+          claim3),
     "4": ("Figure 4: beta of none, by node", measure4, draw4, 1, claim4),
-    "5": ("Figure 5: sep_conv_3x3 on the edges into the last node, middle cell", measure5, draw_panels, 3,
-          claim5),
+    "5": ("Figure 5: sep_conv_3x3 on the edges into the last node, middle cell", measure5,
+          draw_panels, 3, claim5),
     "6": ("Figure 6: variances and covariances of operations", measure6, draw6, 0, claim6),
-    "overview": ("The search", measure_overview, draw_panels, 4, None)}
+    "overview": ("The search", measure_overview, draw_panels, 4, None),
+    "nasbench201": ("NAS-Bench-201: true accuracy of each epoch's cell", measure201, draw201, 1,
+                    None)}
+OWN_FLAGS = {"2": {"edge", "epoch", "tune", "images"}, "6": {"edge"}, "nasbench201": {"method"}}
 
 
 def parse(arguments):
     parser = Parser("experiments.figures", description=__doc__)
     add = parser.add_argument
     add("figure", choices=FIGURES, help="which figure")
-    add("runs", nargs="+", metavar="RUN", help="folders of searches; figure 1: cells")
-    add("--edge", action="append", help="figures 2 and 6: one or more (default: normal:1-3, reduce:1-3)")
+    add("runs", nargs="+", metavar="RUN", help="folders of runs; figure 1: cells")
+    add("--edge", action="append", help="figures 2 and 6 (default: normal:1-3 and reduce:1-3)")
     add("--epoch", type=number(int, 0), help="figure 2: after so many epochs (default: all)")
-    add("--tune", type=number(int, 1), help="figure 2: epochs of training, for accuracies at convergence")
-    add("--images", type=number(int, 2), help="figure 2: first images of the half for alpha (default: all)")
+    add("--tune", type=number(int, 1), help="figure 2: epochs of training, to convergence")
+    add("--images", type=number(int, 2), help="figure 2: first images of the half for alpha")
+    add("--method", action="append", choices=nasbench201.METHODS,
+        help="nasbench201: draw this method only; may be repeated")
     add("--data", help="folder of the data sets (default: the run's)")
     add("--device", help="torch device (default: the run's)")
     add("--out", default="runs/figures", help="folder of the pictures; older ones are replaced")
     options = parser.parse_args(arguments)
-    for flag, figures in {"edge": "26", "epoch": "2", "tune": "2", "images": "2"}.items():
-        if getattr(options, flag) is not None and options.figure not in figures:
-            parser.error(f"--{flag} belongs to figure {' and '.join(figures)}, not to {options.figure}")
+    for flag in set().union(*OWN_FLAGS.values()) - OWN_FLAGS.get(options.figure, set()):
+        if getattr(options, flag) is not None:
+            parser.error(f"--{flag} is not for figure {options.figure}")
     options.edge = list(dict.fromkeys(options.edge or ["normal:1-3", "reduce:1-3"]))
     out = Path(options.out).absolute()
     there = next(path for path in (out, *out.parents) if path.exists())
@@ -518,8 +635,12 @@ def main(arguments):
     title, measure, draw, rows, claim = FIGURES[options.figure]
     if find_spec("matplotlib") is None:
         raise SystemExit("drawing needs matplotlib: pip install matplotlib")
-    read, panel = (read_cell, (9, 3)) if options.figure == "1" else (read_run, (3.2, 2.2))
-    runs = [read(name, options) for name in options.runs]
+    panel = {"1": (9, 3), "nasbench201": (2.4, 2.6)}.get(options.figure, (3.2, 2.2))
+    if options.figure == "nasbench201":
+        runs = read_methods(options)
+    else:
+        read = read_cell if options.figure == "1" else read_search
+        runs = [read(name, options) for name in options.runs]
     numbers = {name: measure(run, options) for name, run in runs}
     content = picture(title, draw, rows or 1 + 2 * len(options.edge), panel, numbers)
     name = f"figure{options.figure}" if options.figure.isdecimal() else options.figure
@@ -528,6 +649,8 @@ def main(arguments):
     write(path, content)
     write(path.with_suffix(".json"), json.dumps(numbers, indent=1))
     print(f"{path} and {path.with_suffix('.json')}")
+    if options.figure == "nasbench201":
+        print_table201(numbers)
     for run, values in numbers.items() if claim else ():
         print(run, *(f"  {text}: {value:.3f}" for text, value in claim(values).items()), sep="\n")
 

@@ -1,14 +1,16 @@
-"""The search on NAS-Bench-201, where the accuracy of every cell is known (Dong and Yang, ICLR 2020).
+"""The search on NAS-Bench-201, where every cell's accuracy is known (Dong and Yang, ICLR 2020).
 
-    python -m experiments.nasbench201 --node_norm --larc --sqrt_beta    as published: CIFAR-10, one CUDA GPU
+    python -m experiments.nasbench201 --node_norm --larc --sqrt_beta    CIFAR-10, one CUDA GPU
     python -m experiments.nasbench201 --cell "|nor_conv_3x3~0|+|..."    what is known of a cell
 
-A cell has six edges with five operations each, 15,625 cells in all, and each of them was trained. So the cell
-of every epoch is looked up, not retrained. Unlike in the paper's search, every edge is kept, and `none` may
-be chosen. The flags are search.py's, without --space and --stem_multiplier; --layers counts all three stages.
+A cell has six edges with five operations each, 15,625 cells in all, and each of them was trained.
+So the cell of every epoch is looked up, not retrained. Unlike in the paper's search, every edge is
+kept, and `none` may be chosen. The flags are search.py's, without --space and --stem_multiplier;
+--layers counts all three stages.
 
-nasbench201.npz has the test accuracies after 200 epochs on CIFAR-10, CIFAR-100 and ImageNet16-120, the mean
-of the trials, from NATS-Bench (MIT licence, hp=200) as tabulated in v-tao/nats-bench-landscape.
+nasbench201.npz has the test accuracies after 200 epochs on CIFAR-10, CIFAR-100 and ImageNet16-120,
+the mean of the trials, from NATS-Bench (MIT licence, hp=200) as tabulated in
+v-tao/nats-bench-landscape.
 """
 import functools
 import itertools
@@ -31,21 +33,24 @@ SPACE = {"cell": {edge: PRIMITIVES for edge in EDGES}}
 METHODS = {  # tables.py's name of a search: its name in nasbench201.jsonl
     "DARTS-L2": "darts_l2", "VS-DARTS": "vs_darts_1", "VS-DARTS, trust 0.1": "vs_darts_0.1",
     "DARTS-L2 + node norm + sqrt(beta)": "norm_sqrt", "DARTS-L2 + node norm": "norm",
-    "VS-DARTS, trust 0.3": "vs_darts_0.3", "DARTS": "darts", "VS-DARTS, trust 0.02, clip": "release",
-    "DARTS-L2 + node norm + LARC": "norm_larc"}
+    "VS-DARTS, trust 0.3": "vs_darts_0.3", "DARTS": "darts",
+    "VS-DARTS, trust 0.02, clip": "release", "DARTS-L2 + node norm + LARC": "norm_larc"}
 
 
 # ---------------------------------------------------------------- cells and their accuracies
 
 @functools.cache
 def accuracies():
-    """int (5, 5, 5, 5, 5, 5, 3): hundredths of a percent, by the operation on each of EDGES, by data set."""
+    """int (5, 5, 5, 5, 5, 5, 3): hundredths of a percent, by each edge's operation, by data set."""
     with np.load(Path(__file__).with_name("nasbench201.npz")) as file:
         return file["accuracy"].astype(int)
 
 
 def look_up(operations):
-    """({data set: test accuracy in percent}, rank on CIFAR-10 of 15,625) of a cell, as numbers of operations."""
+    """({data set: test accuracy in percent}, rank on CIFAR-10, from 1) of a cell.
+
+    operations: their six numbers, in the order of EDGES.
+    """
     table = accuracies()
     names = ("CIFAR-10", "CIFAR-100", "ImageNet16-120")
     values = dict(zip(names, (table[tuple(operations)] / 100).tolist()))
@@ -68,7 +73,7 @@ def from_text(text):
             raise ValueError(f"{name!r} is none of {', '.join(PRIMITIVES)}")
     operations = [PRIMITIVES.index(name) for name, *_ in words]
     if len(words) != len(EDGES) or to_text(operations) != text:
-        raise ValueError(f"a cell is |op~0|+|op~0|op~1|+|op~0|op~1|op~2|, not {text}")
+        raise ValueError(f"a cell is |op~0|+|op~0|op~1|+|op~0|op~1|op~2|, not {text!r}")
     return operations
 
 
@@ -80,7 +85,7 @@ def describe(operations):
 # ---------------------------------------------------------------- the super-network
 
 class Cell(SearchCell):
-    """Node 0 is the cell's input, node 3 its output; all edges have stride 1. (B, C, H, W) -> the same."""
+    """(B, C, H, W) -> the same: from node 0, the input, to node 3. All edges have stride 1."""
 
     def __init__(self, C, node_norm):
         nn.Module.__init__(self)
@@ -95,7 +100,8 @@ class Residual(nn.Module):
 
     def __init__(self, C_in, C):
         super().__init__()
-        self.convs = nn.Sequential(conv_bn(C_in, C, 3, 2, affine=True), conv_bn(C, C, 3, 1, affine=True))
+        self.convs = nn.Sequential(conv_bn(C_in, C, 3, 2, affine=True),
+                                   conv_bn(C, C, 3, 1, affine=True))
         self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(C_in, C, 1, bias=False))
 
     def forward(self, x):
@@ -103,10 +109,11 @@ class Residual(nn.Module):
 
 
 class SuperNet201(SuperNet):
-    """(B, 3, H, W) -> logits; H and W divisible by 4. layers: cells in all, in stages of C, 2C, 4C channels.
+    """(B, 3, H, W) -> logits (B, num_classes); H and W divisible by 4.
 
-    Source: D-X-Y/AutoDL-Projects, xautodl/models/cell_searchs/search_model_darts.py. As in our MixedOp, a
-    batch norm follows the pool, so that every operation but the skip connection is normalized.
+    layers: cells in all, in three stages of C, 2C and 4C channels.
+    Source: D-X-Y/AutoDL-Projects, xautodl/models/cell_searchs/search_model_darts.py. As in our
+    MixedOp, a batch norm follows the pool: every operation but the skip connection is normalized.
     """
 
     def __init__(self, C=16, layers=15, num_classes=10, node_norm=False, sqrt_beta=False):
@@ -140,7 +147,7 @@ def search201(args, run):
     for epoch in range(run.epoch, args.epochs):
         record = search.train_epoch(parts, epoch)
         search.validate(parts, record)
-        operations = parts.net.betas()["cell"].argmax(1).tolist()       # the largest beta; ties: the first
+        operations = parts.net.betas()["cell"].argmax(1).tolist()           # ties: the first
         values, rank = look_up(operations)
         record |= {"cell": to_text(operations), "accuracies": values, "rank": rank}
         search.save_epoch(parts, run, record)
@@ -152,23 +159,30 @@ def search201(args, run):
 
 
 def summary(args, log):
-    """A run as a line of nasbench201.jsonl. flags: those that are not at their defaults. cells, accuracy (on
-    CIFAR-10): one an epoch; a cell is None if it is that of the epoch before. betas: at the end, (6, 5)."""
+    """A run, finished or not, as a line of nasbench201.jsonl.
+
+    flags: those that are not at their defaults. cells: one an epoch, None where it is that of the
+    epoch before. accuracy: percent on CIFAR-10, one an epoch. betas: of the last epoch, (6, 5).
+    """
     parser, cells = make_parser(), [record["cell"] for record in log]
+    elsewhere = ("data", "out", "resume", "device")
     flags = {flag: value for flag, value in vars(args).items()
-             if value != parser.get_default(flag) and flag not in ("data", "out", "resume", "device")}
+             if value != parser.get_default(flag) and flag not in elsewhere}
     changed = [cell if cell != before else None for cell, before in zip(cells, [None, *cells])]
     betas = torch.tensor(log[-1]["alphas"]["cell"]).softmax(1)
-    return {"method": METHODS.get(method(vars(args)), method(vars(args))), "seed": args.seed, "flags": flags,
-            "cells": changed, "accuracy": [record["accuracies"]["CIFAR-10"] for record in log],
+    name = method(vars(args))
+    return {"method": METHODS.get(name, name), "seed": args.seed, "flags": flags, "cells": changed,
+            "accuracy": [record["accuracies"]["CIFAR-10"] for record in log],
             "betas": [[round(beta, 4) for beta in row] for row in betas.tolist()]}
 
 
 # ---------------------------------------------------------------- comparison of methods
 
 def rank_sum_p(x, y):
-    """Two-sided p of the rank-sum test, exact with ties: the share of all ways to divide the values in which
-    the sum of x's ranks is as far from its mean or farther."""
+    """Two-sided p of the rank-sum test, exact with ties.
+
+    Of all ways to divide the values, the share in which x's ranks sum as far from their mean.
+    """
     values = np.array([*x, *y])
     ranks = [(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values]
     sums = np.array([sum(part) for part in itertools.combinations(ranks, len(x))])
@@ -180,7 +194,7 @@ def rank_sum_p(x, y):
 def make_parser():
     parser = search.make_parser("experiments.nasbench201", __doc__)
     parser.set_defaults(space="nasbench201", layers=15)
-    parser.add_argument("--cell", help="print the accuracies of a cell, and its rank on CIFAR-10, and end")
+    parser.add_argument("--cell", help="print a cell's accuracies and rank, and end")
     return parser
 
 
@@ -190,7 +204,7 @@ def parse(arguments):
     if args.space != "nasbench201" or args.stem_multiplier != 3:
         raise SystemExit("--space and --stem_multiplier belong to search.py: leave them out")
     if args.layers % 3:
-        raise SystemExit(f"--layers {args.layers} is not a multiple of 3, for three stages of as many cells")
+        raise SystemExit(f"--layers {args.layers} is not a multiple of 3: the stages are three")
     return args
 
 

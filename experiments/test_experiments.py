@@ -30,7 +30,7 @@ from run import Run, make_seed, write
 from test_vsdarts import SMALL, program, slow_norm, tensors_equal
 
 VS_DARTS = ["--node_norm", "--larc", "--sqrt_beta"]
-KINDS = ("normal", "reduce")
+CELL_TYPES = ("normal", "reduce")
 torch.set_num_threads(1)
 
 
@@ -61,12 +61,18 @@ def kept(tmp_path_factory):
                         "vs": ["--space=s3", "--keep_nets", *VS_DARTS],
                         "five": ["--epochs=1", "--node_norm"]}.items():
         search.main(small("--epochs=2", *flags, f"--out={root / name}"))
-    for name in ("unfinished", "pt", "es"):
+    for name, program in {"unfinished": "search.py", "pt": "experiments.baselines perturbation",
+                          "es": "experiments.baselines es"}.items():
         shutil.copytree(root / "vs", root / name)
-    (root / "unfinished/genotype.json").unlink()
+        config = root / name / "config.json"
+        config.write_text(config.read_text().replace("search.py", program))
+    for name in ("genotype.json", "net-2.pt"):              # it goes on after its first epoch
+        (root / "unfinished" / name).unlink()
+    log = (root / "vs/log.jsonl").read_text().splitlines()
+    (root / "unfinished/log.jsonl").write_text(log[0])
     (root / "pt/log.jsonl").write_text('{"decision": 0}\n')
-    config = root / "es/config.json"
-    config.write_text(config.read_text().replace("search.py", "experiments.baselines es"))
+    (root / "nb").mkdir()
+    (root / "nb/config.json").write_text('{"program": "experiments.nasbench201", "space": "nasbench201"}')
     s2 = "--space=s2"
     for name, source, *flags in (
             ("r", None), ("longer", None, "--epochs=7"), ("r2", searched(1, s2)),
@@ -77,7 +83,7 @@ def kept(tmp_path_factory):
 
 
 def read(folder):
-    return figures.read_run(str(folder), figures.parse(["3", str(folder)]))[1]
+    return figures.read_search(str(folder), figures.parse(["3", str(folder)]))[1]
 
 
 def read_log(path, without=()):
@@ -97,16 +103,16 @@ def contents(folder):
 def slow_walk(net, images, weights=None):
     """Edge by edge: logits; of each cell its nodes, and of each edge (input, outputs, mixed)."""
     if weights is None:                                     # {cell type: (edges, operations)}
-        weights = {kind: mixing_weights(alpha, net.sqrt_beta) for kind, alpha in net.alphas.items()}
+        weights = {cell_type: mixing_weights(alpha, net.sqrt_beta) for cell_type, alpha in net.alphas.items()}
     s0 = s1 = net.stem(images)
     cells = []
-    for kind, cell in zip(net.cell_types, net.cells):
+    for cell_type, cell in zip(net.cell_types, net.cells):
         nodes, edges = [cell.preprocess0(s0), cell.preprocess1(s1)], {}
         for j in range(2, 6):
             for i in range(j):
-                primitives, ops = net.space[kind][i, j], cell.edges[f"{i}-{j}"].ops
+                primitives, ops = net.space[cell_type][i, j], cell.edges[f"{i}-{j}"].ops
                 outputs = {name: ops[name](nodes[i]) for name in primitives if name != "none"}
-                row = dict(zip(primitives, weights[kind][EDGES.index((i, j))]))
+                row = dict(zip(primitives, weights[cell_type][EDGES.index((i, j))]))
                 edges[i, j] = nodes[i], outputs, sum(row[name] * y for name, y in outputs.items())
             x_j = sum(edges[i, j][2] for i in range(j))
             nodes.append(x_j if isinstance(cell.normalize[j - 2], torch.nn.Identity) else slow_norm(x_j))
@@ -145,60 +151,59 @@ def test_figure_3_equals_brute_force(node_norm):
 
 
 def test_figure_4_equals_a_loop_over_edges():
-    alphas = {kind: torch.randn(14, 8).tolist() for kind in KINDS}
-    log = [{"alphas": {kind: [[0.0] * 8] * 14 for kind in KINDS}, "beta_none": 0.125},
+    alphas = {cell_type: torch.randn(14, 8).tolist() for cell_type in CELL_TYPES}
+    log = [{"alphas": {cell_type: [[0.0] * 8] * 14 for cell_type in CELL_TYPES}, "beta_none": 0.125},
            {"alphas": alphas, "beta_none": 0.2}]
     numbers, expected = figures.measure4(SimpleNamespace(space="darts", log=log), None), {}
-    for kind, j in itertools.product(KINDS, range(2, 6)):
-        rows = [alphas[kind][EDGES.index((i, j))] for i in range(j)]
+    for cell_type, j in itertools.product(CELL_TYPES, range(2, 6)):
+        rows = [alphas[cell_type][EDGES.index((i, j))] for i in range(j)]
         betas = [math.exp(row[0]) / sum(map(math.exp, row)) for row in rows]
-        expected[f"{kind[0].upper()}{j}"] = sum(betas) / j
+        expected[f"{cell_type[0].upper()}{j}"] = sum(betas) / j
     assert numbers["none"] == pytest.approx(expected) and numbers["uniform"] == 1 / 8
     assert numbers["mean_by_epoch"] == [0.125, 0.2]
 
 
 @pytest.mark.parametrize("switches", ["--grad_clip 0.01", "--larc", "--larc --larc_clip --larc_trust 0.02"])
-def test_figure_5_equals_a_step_of_the_optimizer(switches):
+def test_figure_5_equals_a_step_by_its_formula(switches):
     net, images, labels = tiny_net()
     args = search.parse(["--learning_rate", "0.1", *switches.split()])
-    edges = [f"{i}-5" for i in range(5)]
-    weights = {edge: [*net.cells[0].edges[edge].ops["sep_conv_3x3"].parameters()] for edge in edges}
-    before = copy.deepcopy(weights)
-
-    def length(tensors):
-        return math.sqrt(sum((tensor ** 2).sum().item() for tensor in tensors))
     loss = F.cross_entropy(net(images), labels)
-    grads = {edge: torch.autograd.grad(loss, w, retain_graph=True) for edge, w in weights.items()}
-    measured = figures.sep_conv_gradients(net, 0, images, labels, args, 0.1, args.weight_decay)
-    optimizer, _, _ = search.make_optimizers(net, args)
-    search.weight_step(net, optimizer, images, labels, args.grad_clip)      # its first: no momentum yet
-    assert list(measured) == edges
-    for edge in edges:
-        g, w = length(grads[edge]), length(before[edge])
-        step = length([a - b for a, b in zip(weights[edge], before[edge])])
-        assert measured[edge] == pytest.approx([g, g / w, step / w])
+    grads = dict(zip(net.weights, torch.autograd.grad(loss, net.weights)))
+    clip = min(1, args.grad_clip / torch.cat([g.flatten() for g in grads.values()]).norm())
+    measured = figures.sep_conv_gradients(net, 0, images, labels, args)
+    assert list(measured) == [f"{i}-5" for i in range(5)]
+    for edge, sizes in measured.items():
+        squares = np.zeros(3)                               # of w, g and the step
+        for w in net.cells[0].edges[edge].ops["sep_conv_3x3"].parameters():
+            g = clip * grads[w]
+            f = args.larc_trust * w.norm() / (g.norm() + 5e-3 * w.norm() + 1e-8) if args.larc else 1
+            step = 0.1 * (min(f / 0.1, 1) if args.larc_clip else f) * (g + 5e-3 * w)
+            squares += [(part ** 2).sum().item() for part in (w, grads[w], step)]
+        w, g, step = np.sqrt(squares)
+        assert sizes == pytest.approx([g, g / w, step / w])
 
 
-@pytest.mark.parametrize("kind, layer, i, j", [("normal", 2, 2, 4), ("reduce", 3, 1, 3)])
+@pytest.mark.parametrize("cell_type, layer, i, j", [("normal", 2, 2, 4), ("reduce", 3, 1, 3)])
 @pytest.mark.parametrize("sqrt_beta", [False, True])
-def test_figure_6_equals_brute_force(kind, layer, i, j, sqrt_beta):
+def test_figure_6_equals_brute_force(cell_type, layer, i, j, sqrt_beta):
     net, images, _ = tiny_net("darts", sqrt_beta=sqrt_beta, layers=5)       # cells N R N R N
     _, cells = slow_walk(net, images)
     x, outputs, mixed = cells[layer][1][i, j]
     row = EDGES.index((i, j))
-    values = figures.mixed_variance(net, kind, row, images)
+    values = figures.mixed_variance(net, cell_type, row, images)
     cov = {a: {b: slow_covariance(y, z) for b, z in outputs.items()} for a, y in outputs.items()}
     assert values["variance"] == pytest.approx(slow_covariance(mixed, mixed))
-    assert values["ratio"] == pytest.approx(slow_covariance(mixed, mixed) / slow_covariance(x, x))
+    ratio = slow_covariance(mixed, mixed) / slow_covariance(x, x)
+    assert [values[key] for key in figures.RATIOS] == pytest.approx([ratio, math.sqrt(ratio)])
     for name, line in values["covariances"].items():
         assert line == pytest.approx(cov[name], abs=1e-12)
-    beta = torch.softmax(net.alphas[kind][row], 0).tolist()
+    beta = torch.softmax(net.alphas[cell_type][row], 0).tolist()
     for suffix, total in (("", 1), ("_without_none", 1 - beta[0])):
         w = {name: (b / total) ** (0.5 if sqrt_beta else 1) for name, b in zip(DARTS_PRIMITIVES, beta)}
         own = sum(w[a] ** 2 * cov[a][a] for a in cov)
         C = sum(w[a] * w[b] * cov[a][b] for a, b in itertools.permutations(cov, 2))
         assert (values[f"squares{suffix}"], values[f"C{suffix}"]) == pytest.approx((own, C))
-    if sqrt_beta and kind == "normal":                      # Eq. 6: 1, over all operations but none
+    if sqrt_beta and cell_type == "normal":                      # Eq. 6: 1, over all operations but none
         assert values["squares_without_none"] == pytest.approx(1, abs=1e-2) and values["squares"] < 0.99
 
 
@@ -214,12 +219,12 @@ def test_tau_counts_pairs_and_its_ceiling_is_that_of_two_halves_of_the_images():
 def test_figure_2_on_a_rigged_super_network(monkeypatch, shuffled):
     """Right for images below the strength of the mixture: an operation's accuracy grows with its strength."""
     net, images = tiny_net("darts")[0], torch.linspace(-10, 10, 20_000)
-    net.strengths = {kind: torch.stack([torch.randperm(8) - 3.5 for _ in EDGES]) for kind in KINDS}
-    for kind, alpha in net.alphas.items():
-        alpha.data = net.strengths[kind][:, torch.randperm(8) if shuffled else slice(None)].double()
+    net.strengths = {cell_type: torch.stack([torch.randperm(8) - 3.5 for _ in EDGES]) for cell_type in CELL_TYPES}
+    for cell_type, alpha in net.alphas.items():
+        alpha.data = net.strengths[cell_type][:, torch.randperm(8) if shuffled else slice(None)].double()
 
     def answers(net, half, limit):
-        return images < sum((beta * net.strengths[kind]).sum() for kind, beta in net.betas().items()) / 28
+        return images < sum((beta * net.strengths[cell_type]).sum() for cell_type, beta in net.betas().items()) / 28
     monkeypatch.setattr(figures, "load_net", lambda run, epoch: net)
     monkeypatch.setattr(search, "read_halves", lambda run, device: (None, None))
     monkeypatch.setattr(figures, "answers", answers)
@@ -241,13 +246,13 @@ def test_figure_2_on_a_rigged_super_network(monkeypatch, shuffled):
 def test_one_operation_alone_equals_brute_force(space, edge, sqrt_beta):
     """Against weights of 1 for that operation, and 0 for the others."""
     net, images, _ = tiny_net(space, sqrt_beta=sqrt_beta)
-    kind, row, primitives = figures.edge_row(SPACES[space], edge)
-    weights = {kind: mixing_weights(alpha, sqrt_beta).detach() for kind, alpha in net.alphas.items()}
+    cell_type, row, primitives = figures.edge_row(SPACES[space], edge)
+    weights = {cell_type: mixing_weights(alpha, sqrt_beta).detach() for cell_type, alpha in net.alphas.items()}
     measured = []
     for operation in range(len(primitives)):
-        figures.alone(net, kind, row, operation)
+        figures.alone(net, cell_type, row, operation)
         measured.append(net(images))
-        weights[kind][row] = torch.eye(len(primitives))[operation]
+        weights[cell_type][row] = torch.eye(len(primitives))[operation]
         torch.testing.assert_close(measured[-1], slow_walk(net, images, weights)[0])
     assert (measured[0] - measured[1]).abs().max() > 1e-3
 
@@ -298,20 +303,35 @@ def test_figure_3_follows_a_run_over_its_epochs(kept, name):
         assert [line[epoch] for line in values.values()] == pytest.approx(expected, rel=1e-3)
 
 
-def test_figure_5_takes_the_learning_rate_and_the_weight_decay_of_the_epoch(kept, monkeypatch):
-    rates = figures.measure5(read(kept / "vs"), None)["|step| / |w|"]
-    for lr, *steps in zip((0.025, 0.013, 0.001), *rates.values()):          # LARC: trust 1
-        assert all(0.6 * lr < step < 1.001 * lr for step in steps)          # lr |g + b w| / (|g| + b |w|)
+def test_figure_5_takes_the_half_for_w_and_the_rates_of_the_epoch(kept, monkeypatch):
     searched, seen = read(kept / "darts"), []
     searched.log[1]["weight_decay"] = 0.03                  # as ADA logs it
-    monkeypatch.setattr(figures, "sep_conv_gradients", lambda *a: seen.append(a[-1]) or {"0-5": (1, 1, 0)})
-    numbers = figures.measure5(searched, None)
-    assert seen == [5e-3, 0.03, 0.03] and numbers["largest over smallest"]["|g|"] == [1, 1, 1]
+
+    def gradients(net, layer, images, labels, args):
+        seen.append((args.learning_rate, args.weight_decay))
+        torch.testing.assert_close(images, data.normalize(split.images[:32], split.spec))
+        return {"0-5": (1, 2, 3)}
+    split = data.load("digits", "unused", True)
+    monkeypatch.setattr(figures, "sep_conv_gradients", gradients)
+    sizes = {"|g|": 1, "|g| / |w|": 2, "|step| / |w|": 3}
+    assert figures.measure5(searched, None) == {key: {"0-5": [n] * 3} for key, n in sizes.items()}
+    assert sum(seen, ()) == pytest.approx((0.025, 5e-3, 0.013, 0.03, 0.013, 0.03))
+
+
+def test_an_unfinished_search_is_drawn_as_far_as_it_is(kept):
+    options = figures.parse(["3", str(kept / "unfinished")])
+    title, run = figures.read_search(str(kept / "unfinished"), options)
+    assert title == f"VS-DARTS, 1 of 2 epochs: {kept / 'unfinished'}"
+    whole, part = (figures.measure3(r, None)["variance"] for r in (read(kept / "vs"), run))
+    assert part == {node: values[:2] for node, values in whole.items()}
+    _, cell = figures.read_cell(str(kept / "unfinished"), options)
+    assert cell.normal == read(kept / "vs").log[0]["genotype"]["normal"]
+    assert figures.measure4(run, None)["mean_by_epoch"] == [read(kept / "vs").log[0]["beta_none"]]
 
 
 @pytest.mark.parametrize("arguments", [
-    "1 VS_DARTS", "1 NASNet_A vs", "1 vs/genotype.json", "2 vs --images 20 --tune 1 --edge normal:0-2",
-    "3 darts vs", "4 darts vs", "5 darts vs", "6 darts vs", "overview darts vs", "overview s2"])
+    "1 NASNet_A vs vs/genotype.json", "1 unfinished", "2 unfinished --images 20 --tune 1 --edge normal:0-2",
+    "3 darts vs", "4 darts unfinished", "5 darts unfinished", "6 darts unfinished", "overview s2 unfinished"])
 def test_every_figure_is_drawn_with_its_numbers(kept, tmp_path, capsys, monkeypatch, arguments):
     Figure = pytest.importorskip("matplotlib.figure").Figure
     pages, savefig = [], Figure.savefig
@@ -321,8 +341,7 @@ def test_every_figure_is_drawn_with_its_numbers(kept, tmp_path, capsys, monkeypa
     first, *claims = capsys.readouterr().out.strip().splitlines()
     picture, numbers = map(Path, first.split(" and "))
     assert bool(claims) == (arguments[0] in "23456")
-    assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
-    assert {*tmp_path.glob("out/*")} == {picture, numbers}
+    assert picture.read_bytes()[:4] == b"\x89PNG" and {*tmp_path.glob("out/*")} == {picture, numbers}
     runs = [word for word in arguments.split()[1:] if Path(word).exists() or word in PUBLISHED]
     assert [title.split(": ")[-1] for title in json.loads(numbers.read_text())] == runs
     for ax in pages[0].axes:                                # legends hide no data, epochs are whole
@@ -336,15 +355,17 @@ def test_the_numbers_printed_for_the_claims():
     """Against values that are plain to see; "early" and "after the early stages" leave out what they say."""
     assert list(figures.claim3({"variance": {"node 2": [9, 0.5], "node 3": [1, 2.0]}}).values()) == [4]
     assert list(figures.claim4({"mean_by_epoch": [0.2, 0.3]}).values()) == [0.3]
-    ratios = {"|g|": [7] * 9, "|g| / |w|": [2, 8] * 3 + [100] * 3, "|step| / |w|": [1] * 9}
-    values = [*figures.claim5({"largest over smallest": ratios}).values()]
-    assert values == pytest.approx([4, 1])                  # the root of 2 x 8
+    edges = {"0-5": [3] * 9, "1-5": [6, 24] * 3 + [300] * 3, "2-5": [4] * 9}            # 2 and 8 times
+    sizes = {"|g| / |w|": edges, "|step| / |w|": {"0-5": [1] * 9, "1-5": [1] * 9}}
+    assert [*figures.claim5(sizes).values()] == pytest.approx([4, 1])                   # the root of 2 x 8
     pairs = {"avg_pool_3x3": {"skip_connect": [0, 0.8], "sep_conv_3x3": [0, 0.1], "avg_pool_3x3": [1, 1]},
              "skip_connect": {"avg_pool_3x3": [0, 0.8], "sep_conv_3x3": [0, 0.3], "skip_connect": [1, 1]},
              "sep_conv_3x3": {"avg_pool_3x3": [0, 0.1], "skip_connect": [0, 0.3], "sep_conv_3x3": [1, 1]}}
-    edge = {"ratio": [9, 9, 1, 2, 3, *[2] * 6], "C": [5, 0.2], "squares": [1, 0.8], "covariances": pairs}
-    assert [*figures.claim6({"normal:1-3": edge}).values()] == pytest.approx([1, 0.25, 0.8, 0.2])
-    assert [*figures.claim6({"reduce:1-3": edge}).values()] == pytest.approx([1, 0.25, 0.4])  # skip: weights
+    edge = {"variance ratio": [9, 9, 1, 2, 3, *[2] * 6], "sigma ratio": [9, 9, 3, 2, 4, *[3] * 6],
+            "C": [5, 0.2], "squares": [1, 0.8], "covariances": pairs}
+    assert [*figures.claim6({"normal:1-3": edge}).values()] == pytest.approx([1, 2 / 3, 0.25, 0.8, 0.2])
+    claims = figures.claim6({"reduce:1-3": edge})           # there the skip connection has weights
+    assert [*claims.values()] == pytest.approx([1, 2 / 3, 0.25, 0.4])
 
 
 def test_drawing_needs_matplotlib_but_no_backend(kept, tmp_path, monkeypatch):
@@ -498,8 +519,8 @@ def test_the_second_order_step_moves_alphas_only(monkeypatch):
     assert len(drawn) == 5 * 42 and tensors_equal(w, plus) and tensors_equal(plus, minus)
     assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations((w, moved, then), 2))
     after = [net.state_dict(), parts.w_optimizer.state_dict()]
-    for kind in KINDS:
-        assert not torch.equal(*(state[0].pop(f"alphas.{kind}") for state in (before, after)))
+    for cell_type in CELL_TYPES:
+        assert not torch.equal(*(state[0].pop(f"alphas.{cell_type}") for state in (before, after)))
     assert tensors_equal(before, after)
 
 
@@ -639,7 +660,7 @@ def test_brief_training_sees_the_training_split_only(monkeypatch):
 def test_decisions_take_the_place_of_beta(removed):
     net, images, labels = tiny_net("darts")
     plain, decisions, seen = copy.deepcopy(net), baselines.Decisions(net), []
-    betas = {kind: mixing_weights(alpha, True).detach() for kind, alpha in plain.alphas.items()}
+    betas = {cell_type: mixing_weights(alpha, True).detach() for cell_type, alpha in plain.alphas.items()}
     for weights in (dict(decisions.named_buffers()), betas):
         weights["normal"][3], weights["reduce"][7] = torch.eye(8)[4], torch.zeros(8)
     if removed:
@@ -789,13 +810,14 @@ BAD = [  # a command, and words of the line that refuses it
     ("figures 3 s2", "s2/net-0.pt is missing: --keep_nets"),
     ("figures 4 s2", "s2: there is no `none` in space s2"),
     ("figures 6 darts --edge normal:3-2", "--edge normal:3-2: there is none"),
-    ("figures 5 darts --edge normal:0-2", "--edge belongs to figure 2 and 6, not to 5"),
+    ("figures 5 darts --edge normal:0-2", "--edge is not for figure 5"),
     ("figures 2 darts vs --epoch 3", "darts/net-3.pt is missing"),
     ("figures 2 darts --images 1", "--images"),
     ("figures 1 nothing", "nothing is no published cell"),
     ("figures 3 nothing", "nothing/config.json cannot be read"),
-    ("figures 3 vs unfinished", "unfinished is not the folder of one finished search"),
-    ("figures overview pt", "pt is not the folder of one finished search"),
+    ("figures 3 vs r", "r is a run of retrain.py, not of search.py"),
+    ("figures 1 nb", "nb is a run of experiments.nasbench201, not of search.py"),
+    ("figures overview pt", "pt is a run of experiments.baselines perturbation, not of search.py"),
     ("figures overview darts --out darts/config.json/deeper", "darts/config.json/deeper cannot be written"),
     ("tables 4", "take folders"),
     ("tables 2 darts", "table 2 takes none"),

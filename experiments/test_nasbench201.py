@@ -1,0 +1,325 @@
+"""Tests of the search on NAS-Bench-201, against an oracle and against what is published.
+
+    python -m pytest -q experiments/test_nasbench201.py
+"""
+import itertools
+import json
+import math
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import run
+import search
+from experiments import figures, nasbench201, tables
+from experiments.nasbench201 import METHODS, SuperNet201, from_text, look_up, rank_sum_p, to_text
+from larc import LARC
+from model import mixing_weights
+from test_experiments import contents
+from test_vsdarts import (CPU, HERE, assert_equals_oracle, float64, norm_at, refusal, slow_norm,
+                          tensors_equal)
+
+TINY = ["--dataset=digits", "--device=cpu", "--limit=128", "--batch_size=32", "--layers=3",
+        "--init_channels=2"]
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- cells and their accuracies
+
+BEST = ("|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|"
+        "+|skip_connect~0|nor_conv_3x3~1|nor_conv_1x1~2|")
+SKIPS = ("|skip_connect~0|+|skip_connect~0|skip_connect~1|"
+         "+|skip_connect~0|skip_connect~1|skip_connect~2|")
+
+
+# SKIPS is what DARTS finds in the benchmark's paper. The trials of BEST on CIFAR-10 were 94.26,
+# 94.68 and 94.18. The third is a residual block, which has 93.97 there.
+@pytest.mark.parametrize("cell, accuracies, rank", [
+    (SKIPS, [54.30, 15.61, 16.32], 15231),
+    (BEST, [94.37, 73.22, 46.71], 1),
+    ("|nor_conv_3x3~0|+|none~0|nor_conv_3x3~1|+|skip_connect~0|none~1|skip_connect~2|",
+     [93.91, 70.89, 44.23], 67),
+    ("|none~0|+|none~0|none~1|+|none~0|none~1|none~2|", [10.00, 1.00, 0.83], 15285),
+    ("|none~0|+|skip_connect~0|none~1|+|skip_connect~0|nor_conv_1x1~1|none~2|",
+     [86.57, 58.13, 28.50], 12583),
+    ("|avg_pool_3x3~0|+|nor_conv_1x1~0|nor_conv_3x3~1|+|none~0|nor_conv_1x1~1|avg_pool_3x3~2|",
+     [87.94, 61.12, 25.75], 11553)])
+def test_a_cell_has_its_published_accuracies_and_its_rank(capsys, cell, accuracies, rank):
+    assert to_text(from_text(cell)) == cell
+    values, found = look_up(from_text(cell))
+    assert [*values.values()] == accuracies and found == rank
+    nasbench201.main(["--cell", cell])
+    said = [float(word.strip("%,")) for word in capsys.readouterr().out.split() if "%" in word]
+    assert said == accuracies
+
+
+@pytest.mark.parametrize("cell, said", [
+    ("|max_pool_3x3~0|+|none~0|none~1|+|none~0|none~1|none~2|", "'max_pool_3x3' is none of none,"),
+    ("|none~0|+|none~0|none~1|+|none~0|none~1|", "a cell is |op~0|+|op~0|op~1|+"),
+    ("|none~1|+|none~0|none~1|+|none~0|none~1|none~2|", "a cell is |op~0|+"),
+    ("|none~0|+|none~0|none~1|+|none~0|none~1|none~2\n|", "a cell is |op~0|+"),
+    ("", "'' is none of none,")])
+def test_what_is_no_cell_is_refused_in_one_line(cell, said):
+    assert refusal(nasbench201.main, ["--cell", cell]).startswith(f"--cell: {said}")
+
+
+# ---------------------------------------------------------------- the super-network
+
+def slow_conv(p, name, x, stride=1):
+    """ReLU, convolution, batch norm: NAS-Bench-201's ReLUConvBN, from its parameters."""
+    weight = p[f"{name}.body.0.weight"]
+    x = F.conv2d(F.relu(x), weight, stride=stride, padding=weight.shape[-1] // 2)
+    return norm_at(p, f"{name}.body.1", x)
+
+
+def slow_cell(p, name, x, node_norm, sqrt_beta):
+    """Node 3. The rows of alpha are the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3."""
+    nodes, row = [x], 0
+    for j in (1, 2, 3):
+        x_j = torch.zeros_like(x)
+        for i in range(j):
+            ops, inside = f"{name}.edges.{i}-{j}.ops", F.avg_pool2d(torch.ones_like(x), 3, 1, 1)
+            outputs = (torch.zeros_like(x), nodes[i],
+                       slow_conv(p, f"{ops}.nor_conv_1x1.1", nodes[i]),
+                       slow_conv(p, f"{ops}.nor_conv_3x3", nodes[i]),
+                       slow_norm(F.avg_pool2d(nodes[i], 3, 1, 1) / inside))   # without the padding
+            beta = torch.exp(p["alphas.cell"][row])
+            beta = beta / beta.sum()
+            for beta_o, output in zip(beta, outputs, strict=True):
+                x_j = x_j + (beta_o.sqrt() if sqrt_beta else beta_o) * output
+            row += 1
+        nodes.append(slow_norm(x_j) if node_norm else x_j)
+    return nodes[3]
+
+
+def slow_supernet(p, cells, node_norm, sqrt_beta, x):
+    """Three stages of so many cells each, and a residual block before the second and the third."""
+    x, stage = norm_at(p, "stages.0.1", F.conv2d(x, p["stages.0.0.weight"], padding=1)), 1
+    for block in range(3):
+        if block > 0:
+            name = f"stages.{stage}"
+            shortcut = F.conv2d(F.avg_pool2d(x, 2), p[f"{name}.shortcut.1.weight"])
+            x = shortcut + slow_conv(p, f"{name}.convs.1", slow_conv(p, f"{name}.convs.0", x, 2))
+            stage += 1
+        for _ in range(cells):
+            x, stage = slow_cell(p, f"stages.{stage}", x, node_norm, sqrt_beta), stage + 1
+    x = F.relu(norm_at(p, "norm", x)).mean((2, 3))
+    return F.linear(x, p["classifier.weight"], p["classifier.bias"])
+
+
+@pytest.mark.parametrize("node_norm, sqrt_beta, cells",
+                         [(False, False, 1), (True, False, 2), (False, True, 1), (True, True, 2)])
+def test_supernet_equals_the_oracle_in_values_and_gradients(float64, node_norm, sqrt_beta, cells):
+    torch.manual_seed(0)
+    net = run.place(SuperNet201(3, 3 * cells, 10, node_norm, sqrt_beta), CPU)
+    for p in [*net.alphas.values(), *(w for w in net.weights if w.dim() == 1)]:
+        p.data.normal_()                                    # betas uneven, batch norms not 1 and 0
+    images = torch.randn(6, 3, 12, 8)
+    assert_equals_oracle(net, slow_supernet, cells, node_norm, sqrt_beta, images)
+    assert all(p.grad.abs().max() > 0 for p in net.parameters())
+
+
+# ---------------------------------------------------------------- the search
+
+def test_each_flag_reaches_the_super_network_and_its_optimizer():
+    def made(*flags):
+        args = nasbench201.parse(flags)
+        net = nasbench201.make_net(args, 7)
+        cells = [stage for stage in net.stages if isinstance(stage, nasbench201.Cell)]
+        norms = {type(module) for cell in cells for module in cell.normalize}
+        return net, len(cells), norms, search.make_optimizers(net, args)[0]
+    net, cells, norms, optimizer = made()
+    assert (cells, norms, net.sqrt_beta) == (15, {nn.Identity}, False)
+    assert net.classifier.weight.shape == (7, 64) and type(optimizer) is torch.optim.SGD
+    net, cells, norms, optimizer = made("--node_norm", "--sqrt_beta", "--larc", "--larc_trust=0.3",
+                                        "--larc_clip", "--layers=6", "--init_channels=4")
+    assert (cells, norms, net.sqrt_beta) == (6, {nn.BatchNorm2d}, True)
+    assert net.classifier.weight.shape == (7, 16) and type(optimizer) is LARC
+    assert (optimizer.defaults["trust_coefficient"], optimizer.defaults["clip"]) == (0.3, True)
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--space s1", "--space and --stem_multiplier belong to search.py"),
+    ("--stem_multiplier 1", "--space and --stem_multiplier belong to search.py"),
+    ("--layers 4", "--layers 4 is not a multiple of 3")])
+def test_a_flag_that_means_nothing_here_is_refused(flags, said):
+    assert refusal(nasbench201.main, [*flags.split(), "--out=new"]).startswith(said)
+    assert not Path("new").exists()
+
+
+def test_a_run_stopped_in_its_second_epoch_goes_on_to_the_same_end(monkeypatch):
+    flags = [*TINY, "--epochs=3", "--node_norm", "--larc", "--sqrt_beta"]
+    nasbench201.main([*flags, "--out=whole"])
+    calls = itertools.count(1)
+
+    def interrupted(operations):                            # called once an epoch
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return to_text(operations)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nasbench201, "to_text", interrupted)
+        nasbench201.main([*flags, "--out=parts"])
+    assert len(read_log("parts")) == 1
+    nasbench201.main(["--resume=parts"])
+    assert tensors_equal(contents("whole"), contents("parts"))
+    assert Path("whole/result.json").read_text() == Path("parts/result.json").read_text()
+
+
+def test_every_epoch_has_the_cell_of_the_largest_betas_and_its_accuracies():
+    nasbench201.main([*TINY, "--epochs=2", "--arch_learning_rate=0.1", "--out=run"])
+    for record in read_log("run"):
+        assert record["cell"] == to_text([row.index(max(row)) for row in record["alphas"]["cell"]])
+        assert (record["accuracies"], record["rank"]) == look_up(from_text(record["cell"]))
+
+
+def test_the_result_is_the_run_in_one_line():
+    """Method, seed, flags; by epoch the cell, None where it stays, and its accuracy; betas."""
+    nasbench201.main([*TINY, "--epochs=4", "--node_norm", "--seed=7", "--out=run"])
+    text, log = Path("run/result.json").read_text(), read_log("run")
+    result, cells = json.loads(text), []
+    assert text.count("\n") == 1 and (result["method"], result["seed"]) == ("norm", 7)
+    assert result["flags"].items() >= {"dataset": "digits", "node_norm": True, "limit": 128}.items()
+    assert not {"momentum", "device", "out"} & result["flags"].keys()
+    for cell in result["cells"]:
+        cells.append(cell or cells[-1])
+    assert cells == [record["cell"] for record in log]
+    assert result["cells"].count(None) == sum(a == b for a, b in itertools.pairwise(cells)) > 0
+    assert result["accuracy"] == [record["accuracies"]["CIFAR-10"] for record in log]
+    betas = mixing_weights(torch.tensor(log[-1]["alphas"]["cell"]))
+    torch.testing.assert_close(torch.tensor(result["betas"]), betas, rtol=0, atol=5.1e-5)
+
+
+def test_the_script_has_ten_seeds_of_every_method():
+    script = ["bash", HERE / "experiments/runs.sh", "nasbench201", "DATA", "out", "--dry_run"]
+    lines = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = []
+    for line in lines:
+        args = nasbench201.parse(line.split("experiments.nasbench201 ")[1].split())
+        found.append((METHODS[tables.method(vars(args))], args.seed))
+        assert args.out == f"out/nb201-{found[-1][0]}-{args.seed}"
+    assert set(found) == {*itertools.product(METHODS.values(), range(10))} and len(found) == 90
+    assert {seed for _, seed in found[:45]} == {*range(5)}
+
+
+# ---------------------------------------------------------------- comparison of methods
+
+def test_the_rank_sum_test_is_exact():
+    assert rank_sum_p(range(5), range(5, 10)) == pytest.approx(2 / 252)
+    assert rank_sum_p([1, 2, 3], [4, 5, 6, 7]) == pytest.approx(2 / 35)
+    assert rank_sum_p([1, 3], [2, 4]) == pytest.approx(4 / 6)           # sums of ranks: 3 4 5 5 6 7
+    assert rank_sum_p([2, 2], [2, 2, 2]) == 1
+
+
+def test_the_rank_sum_test_with_ties_equals_brute_force():
+    """Counted by pairs, as Mann and Whitney do: a value of x above one of y, a tie half."""
+    values = [93.3, 93.3, 88.2, 84.3, 84.3, 93.3, 54.3, 84.3]
+
+    def pairs_above(chosen):
+        others = [values[k] for k in range(8) if k not in chosen]
+        return sum((values[k] > y) + (values[k] == y) / 2 for k in chosen for y in others)
+    ways = [abs(pairs_above(chosen) - 8) for chosen in itertools.combinations(range(8), 4)]
+    expected = sum(way >= ways[0] for way in ways) / len(ways)
+    assert 0.1 < expected < 0.9 and rank_sum_p(values[:4], values[4:]) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- the picture and the table
+
+def made_up(method, seed, accuracy, **flags):
+    betas = [[0.1, 0.2 + seed / 100, 0.3, 0.3, 0.1 - seed / 100]] * 6
+    return {"method": method, "seed": seed, "flags": {"epochs": 3, "layers": 3, **flags},
+            "cells": [None] * len(accuracy), "accuracy": accuracy, "betas": betas}
+
+
+RUNS = [made_up("vs_darts_1", 0, [60.0, 93.0, 94.0], node_norm=True, larc=True, sqrt_beta=True),
+        *(made_up("darts_l2", seed, [92.0, 91.0, 90.0 - seed]) for seed in range(3)),
+        made_up("vs_darts_1", 1, [70.0, 92.0, 93.0], node_norm=True, larc=True, sqrt_beta=True)]
+
+
+def write_runs(runs, name="runs.jsonl"):
+    Path(name).write_text("".join(f"{json.dumps(run)}\n" for run in runs))
+
+
+def drawn(monkeypatch, *arguments):
+    """The axes of the picture, one for each method."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    pages, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda page, *a, **b: pages.append(page) or savefig(page, *a, **b))
+    figures.main(["nasbench201", *arguments, "--out=out"])
+    return {ax.get_title(): ax for ax in pages[0].axes}
+
+
+def test_the_picture_has_every_seed_the_median_and_the_marks(monkeypatch):
+    write_runs(RUNS)
+    panels = drawn(monkeypatch, "runs.jsonl")
+    assert [*panels] == ["DARTS-L2", "VS-DARTS"]
+    lines = [(line.get_label(), [*line.get_ydata()]) for line in panels["DARTS-L2"].lines]
+    assert lines[:3] == [("a seed", [92, 91, 90]), ("a seed", [92, 91, 89]), ("a seed", [92, 91, 88])]
+    assert lines[3] == ("median", [92, 91, 89])
+    assert [label for label, _ in lines[4:]] == [
+        "best cell, 94.37", "mean of all cells, 87.06", "all skip connections, 54.30"]
+    assert [round(y[0], 2) for _, y in lines[4:]] == [94.37, 87.06, 54.30]
+    assert [*panels["DARTS-L2"].lines[0].get_xdata()] == [1, 2, 3]
+
+
+def test_the_table_equals_a_plain_computation(capsys):
+    write_runs(RUNS)
+    figures.main(["nasbench201", "runs.jsonl"])
+    *_, darts, vs_darts = capsys.readouterr().out.splitlines()
+    deviation = statistics.stdev([90, 89, 88])
+    assert darts == (f"| DARTS-L2 | 3 | 89.00 | 89.00 ± {deviation:.2f} | 88.00 | 90.00 | 2 | - "
+                     "| 0.210 | 0.100 |")
+    p = 2 / math.comb(5, 2)                                 # two values above three others
+    assert vs_darts == f"| VS-DARTS | 2 | 93.50 | 93.50 ± 0.71 | 93.00 | 94.00 | 0 | {p:.4f} | 0.205 | 0.100 |"
+
+
+def test_an_unfinished_run_is_shown_but_not_tested(monkeypatch, capsys):
+    nasbench201.main([*TINY, "--epochs=2", "--out=part"])
+    Path("part/result.json").unlink()
+    first, log = read_log("part")[0], Path("part/log.jsonl")
+    log.write_text(log.read_text().splitlines()[0])
+    panel, = drawn(monkeypatch, "part").values()
+    assert [*panel.lines[0].get_ydata()] == [first["accuracies"]["CIFAR-10"]]
+    assert "| DARTS-L2 | 1 (1 unfinished) |" in capsys.readouterr().out
+    write_runs([*RUNS[:-1], {**RUNS[-1], "accuracy": [70.0]}])
+    figures.main(["nasbench201", "runs.jsonl"])
+    assert "| VS-DARTS | 2 (1 unfinished) | 82.00 | 82.00 ± 16.97 | 70.00 | 94.00 | 1 | - |" \
+        in capsys.readouterr().out
+
+
+def test_a_run_counts_once_and_methods_can_be_chosen(monkeypatch, capsys):
+    write_runs(RUNS)
+    write_runs([{**RUNS[0], "accuracy": [60.0]}], "before.jsonl")
+    drawn(monkeypatch, "before.jsonl", "runs.jsonl", "--method=VS-DARTS")
+    *_, rule, row = capsys.readouterr().out.splitlines()
+    assert rule.startswith("| ---") and row.startswith("| VS-DARTS | 2 | 93.50 |")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("runs.jsonl other.jsonl", 'the settings of the runs differ: {"epochs": 3, "layers": 3}, {"epochs": 3, "layers": 6}'),
+    ("runs.jsonl --method=DARTS", "these runs are of other methods"),
+    ("words.jsonl", "words.jsonl cannot be read"), ("nothing", "nothing/config.json cannot be read"),
+    ("log.jsonl", "log.jsonl has no run of experiments.nasbench201"),
+    ("search", "search has no run of experiments.nasbench201")])
+def test_what_is_no_run_is_refused_in_one_line(arguments, said):
+    write_runs(RUNS)
+    write_runs([made_up("darts", 0, [90.0], layers=6)], "other.jsonl")
+    write_runs([{"epoch": 0}], "log.jsonl")
+    write_runs(["words"], "words.jsonl")
+    Path("search").mkdir()
+    Path("search/config.json").write_text('{"program": "search.py", "space": "s1"}')
+    assert refusal(figures.main, ["nasbench201", *arguments.split()]).startswith(said)
+    assert not Path("runs").exists()
