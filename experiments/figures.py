@@ -24,9 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import search
-from data import Batches
+from data import make_batches
 from experiments import nasbench201, tables
 from genotypes import SPACES, Genotype, load_genotype
 from model import OPS, ReLUFirst, mixing_weights
@@ -66,13 +67,15 @@ def read_lines(path):
 
 
 def load_net(run, epoch):
-    """The super-network after so many epochs of the search; 0: untrained."""
-    path = Path(run.folder) / f"net-{epoch}.pt"
+    """The super-network after so many epochs of the search; 0: as its seed made it, untrained."""
+    path = Path(run.folder) / f"net-{max(epoch, 1)}.pt"
     if not path.exists():
         raise SystemExit(f"{path} is missing: --keep_nets keeps a search's networks")
     state = load_checkpoint(path)
+    torch.manual_seed(run.seed)
     net = search.make_supernet(run, len(state["classifier.bias"]))
-    net.load_state_dict(state)
+    if epoch > 0:
+        net.load_state_dict(state)
     return place(net, find_device(run.device))
 
 
@@ -82,7 +85,7 @@ def over_epochs(run, look, half=1):
     half: 0, that for w, or 1, that for alpha.
     """
     split = search.read_halves(run, find_device(run.device))[half]
-    images, labels = next(Batches(split, run.batch_size, train=False).epoch(0))
+    images, labels = next(make_batches(split, run.batch_size, train=False).epoch(0))
     epochs, seen = range(len(run.log) + 1), []
     for epoch in progress(epochs, f"super-networks of {run.folder}", len(epochs)):
         torch.manual_seed(0)                                # S4's noise: the same in each
@@ -184,13 +187,13 @@ def answers(net, half, images):
     """
     net.train()
     torch.manual_seed(0)                                    # S4's noise: the same in each
-    batches = Batches(half.part(0, images), 512, train=False).epoch(0)
+    batches = make_batches(half.take(slice(images)), 512, train=False).epoch(0)
     return torch.cat([net(batch).argmax(1) == labels for batch, labels in batches]).cpu()
 
 
 def tune(net, run, w_half, epochs):
     """Trains the weights on, on their half, by the search's optimizer; its cosine goes by steps."""
-    batches = Batches(w_half, run.batch_size, make_seed(run.seed, "tune"))
+    batches = make_batches(w_half, run.batch_size, make_seed(run.seed, "tune"))
     flags = {**vars(run), "epochs": epochs * batches.steps}
     optimizer, _, scheduler = search.make_optimizers(net, argparse.Namespace(**flags))
     net.train()
@@ -332,7 +335,7 @@ def sep_conv_gradients(net, layer, images, labels, args):
     moved, values = copy.deepcopy(net), {}
     optimizer, _, _ = search.make_optimizers(moved, args)
     torch.manual_seed(0)                                    # S4's noise: the same in both
-    search.loss_of(net, images, labels)[0].backward(inputs=net.weights)
+    F.cross_entropy(net(images), labels).backward(inputs=net.weights)
     torch.manual_seed(0)
     search.weight_step(moved, optimizer, images, labels, args.grad_clip)
     last = len(net.cells[layer].normalize) + 1
