@@ -105,7 +105,7 @@ def norm_at(p, name, x):
 
 
 def slow_preprocess(p, prefix, x, halve):
-    """ReLU, a 1x1 convolution, batch norm. halve: half of the channels from the pixels in between."""
+    """ReLU, 1x1 convolution, batch norm. halve: half the channels are of the pixels in between."""
     x, name = F.relu(x), f"{prefix}.body.0"
     if halve:
         between = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
@@ -117,18 +117,19 @@ def slow_preprocess(p, prefix, x, halve):
 
 
 def slow_op(name, p, prefix, x, stride):
-    """An operation from its parameters, with the affine part of its batch norms if they have one."""
+    """An operation from its parameters, with the affine part of its batch norms if it has one."""
     if name == "skip_connect":
         return x if stride == 1 else slow_preprocess(p, prefix, x, halve=True)
     if name == "max_pool_3x3":
         return F.max_pool2d(x, 3, stride, padding=1)
-    if name == "avg_pool_3x3":                              # over the pixels inside: four in a corner
+    if name == "avg_pool_3x3":                              # over the pixels inside: 4 in a corner
         return F.avg_pool2d(x, 3, stride, 1) / F.avg_pool2d(torch.ones_like(x), 3, stride, 1)
     C, kernel, dilation = x.shape[1], int(name[-1]), 2 if "dil" in name else 1
-    for k in (0, 4)[:1 if "dil" in name else 2]:            # sep_conv: twice
-        depthwise, padding = p[f"{prefix}.body.{k}.weight"], dilation * (kernel // 2)
+    padding = dilation * (kernel // 2)
+    for k in (0,) if "dil" in name else (0, 4):             # sep_conv: twice
+        depthwise, pointwise = p[f"{prefix}.body.{k}.weight"], p[f"{prefix}.body.{k + 1}.weight"]
         x = F.conv2d(F.relu(x), depthwise, None, 1 if k else stride, padding, dilation, groups=C)
-        x = norm_at(p, f"{prefix}.body.{k + 2}", F.conv2d(x, p[f"{prefix}.body.{k + 1}.weight"]))
+        x = norm_at(p, f"{prefix}.body.{k + 2}", F.conv2d(x, pointwise))
     return x
 
 
@@ -145,23 +146,24 @@ def slow_cells(p, layers, s0, s1, reduced_before, nodes_of):
 
 
 def slow_supernet(p, space, layers, node_norm, sqrt_beta, x):
-    """DARTS's super-network from its parameters: every edge by itself, counted by offsets as DARTS does."""
+    """DARTS's super-network from its parameters: edge by edge, counted by offsets as DARTS does."""
     def nodes_of(cell, reduction, states):
-        kind, offset = "reduce" if reduction else "normal", 0
-        beta = torch.exp(p[f"alphas.{kind}"])
+        cell_type, offset = "reduce" if reduction else "normal", 0
+        beta = torch.exp(p[f"alphas.{cell_type}"])
         beta = beta / beta.sum(1, keepdim=True)             # Eq. 1
         beta = beta.sqrt() if sqrt_beta else beta           # Eq. 6
         for j in range(2, 6):
             x_j = 0
             for i, o in product(range(j), range(beta.shape[1])):
-                name, stride = space[kind][i, j][o], 2 if reduction and i < 2 else 1
+                name, stride = space[cell_type][i, j][o], 2 if reduction and i < 2 else 1
                 if name != "none":
                     y = slow_op(name, p, f"{cell}.edges.{i}-{j}.ops.{name}", states[i], stride)
                     y = slow_norm(y) if "pool" in name else y
                     x_j = x_j + beta[offset + i, o] * y
             offset += j
-            states.append(slow_norm(x_j) if node_norm else x_j)                         # Eq. 3
+            states.append(slow_norm(x_j) if node_norm else x_j)     # Eq. 3
         return torch.cat(states[2:], 1)
+
     s = norm_at(p, "stem.1", F.conv2d(x, p["stem.0.weight"], padding=1))
     last = slow_cells(p, layers, s, s, False, nodes_of)[-1]
     return F.linear(last.mean((2, 3)), p["classifier.weight"], p["classifier.bias"])
@@ -201,28 +203,28 @@ def assert_equals_oracle(net, oracle, *given):
         logits = list(logits) if isinstance(logits, (list, tuple)) else [logits]
         results.append([part.cpu() for part in logits])
         sum(F.cross_entropy(part, torch.arange(len(part))) for part in results[-1]).backward()
-    assert_near(*results, 1e-9)
+    assert_near(*results, 1e-12)
     for name, p in net.named_parameters():
         torch.testing.assert_close(p.grad.cpu(), leaves[name].grad, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 @pytest.mark.parametrize("node_norm, sqrt_beta, space, size", [
-    (False, False, "darts", 8), (True, False, "darts", 9), (False, True, "darts", 15),
-    (True, True, "darts", 8), (True, True, "s1", 14)])
+    (False, False, "darts", (8, 12)), (True, False, "darts", (9, 8)),
+    (False, True, "darts", (15, 10)), (True, True, "darts", (8, 8)), (True, True, "s1", (14, 8))])
 def test_supernet_equals_slow_darts(float64, node_norm, sqrt_beta, space, size, device):
     torch.manual_seed(0)
     net = run.place(SuperNet(SPACES[space], 2, 4, 10, node_norm, sqrt_beta), torch.device(device))
     for alpha in net.alphas.values():
         alpha.data.normal_()
-    images = torch.randn(4, 3, size, size)
+    images = torch.randn(4, 3, *size)
     assert_equals_oracle(net, slow_supernet, SPACES[space], 4, node_norm, sqrt_beta, images)
 
 
 @pytest.mark.parametrize("imagenet, size, layers", [(False, 32, 4), (True, 224, 3)])
 def test_derived_network_equals_slow_darts(float64, imagenet, size, layers):
     torch.manual_seed(0)
-    genotype = PUBLISHED["VS_DARTS_2nd"].genotype           # skips, pools, both convolutions, all strided too
+    genotype = PUBLISHED["VS_DARTS_2nd"].genotype           # skips, pools, both convolutions
     net = run.place(Network(genotype, 4, layers, 5, auxiliary=True, imagenet=imagenet), CPU)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):              # fresh ones are 1 and 0
@@ -230,33 +232,45 @@ def test_derived_network_equals_slow_darts(float64, imagenet, size, layers):
             nn.init.normal_(module.bias)
     images = torch.randn(2, 3, size, size)
     assert_equals_oracle(net, slow_network, genotype, layers, imagenet, images)
-    head = sum(p.numel() for p in AuxiliaryHead(576, 10, imagenet).parameters())
-    assert head == (474890 if imagenet else 476426)
-    assert count_parameters(net) == count_parameters(Network(genotype, 4, layers, 5, imagenet=imagenet))
+    without_head = Network(genotype, 4, layers, 5, imagenet=imagenet)
+    assert count_parameters(net) == count_parameters(without_head)
     assert net.eval()(images)[1] is None                    # the head is for training only
 
 
 def test_supernet_parameter_counts():
     with torch.device("meta"):
-        nets = [SuperNet(space) for space in SPACES.values()]
-        nets += [SuperNet(SPACES["darts"], stem_multiplier=1), SuperNet(SPACES["s3"], num_classes=100)]
+        nets = [*map(SuperNet, SPACES.values()), SuperNet(SPACES["darts"], stem_multiplier=1),
+                SuperNet(SPACES["s3"], num_classes=100)]
+        heads = [AuxiliaryHead(576, 10, imagenet) for imagenet in (False, True)]
     counts = [sum(p.numel() for p in net.weights) for net in nets]
     assert counts == [1930618, 405146, 665466, 665466, 624506, 1928154, 665466 + 23130]
+    assert [sum(p.numel() for p in head.parameters()) for head in heads] == [476426, 474890]
+
+
+def test_weights_are_what_the_network_holds_when_asked():
+    net = SuperNet(SPACES["s2"], 2, 3)
+    net.stem[0] = nn.Conv2d(1, 6, 3, padding=1, bias=False)
+    net.classifier = nn.Linear(net.classifier.in_features, 4)
+    for _ in range(2):
+        held, alphas = set(net.parameters()), set(net.alphas.values())
+        assert set(net.weights) == held - alphas and len(alphas) == 2
+        net.load_state_dict(deepcopy(net.state_dict()), assign=True)
+        assert held.isdisjoint(net.parameters())
 
 
 @torch.no_grad()
-def test_node_normalization_makes_node_variances_one():
-    """Nodes 2 to 5 of a fresh cell on unit-variance input, means of five initialisations."""
-    expected = {(False, False): ([0.29, 0.62, 1.16, 1.94], 0.15), (False, True): ([2.3, 6, 15, 32], 0.2),
-                (True, False): ([1, 1, 1, 1], 1e-3), (True, True): ([1, 1, 1, 1], 1e-3)}
-    for (node_norm, sqrt_beta), (variances, rtol) in expected.items():
-        rows, beta = [], mixing_weights(torch.zeros(14, 8), sqrt_beta)
-        for seed in range(5):
-            torch.manual_seed(seed)
-            cell = SearchCell(SPACES["darts"]["normal"], 16, 16, 16, False, False, node_norm)
-            nodes = cell(*torch.randn(2, 16, 16, 16, 16), beta).chunk(4, 1)
-            rows.append([node.var(unbiased=False).item() for node in nodes])
-        np.testing.assert_allclose(np.mean(rows, axis=0), variances, rtol)
+@pytest.mark.parametrize("node_norm, sqrt_beta, expected, within", [
+    (False, False, [0.29, 0.62, 1.16, 1.94], 0.15), (False, True, [2.3, 6, 15, 32], 0.2),
+    (True, False, 1, 1e-3), (True, True, 1, 1e-3)])
+def test_node_normalization_makes_node_variances_one(node_norm, sqrt_beta, expected, within):
+    """Of nodes 2 to 5 of a fresh cell on unit-variance input, means of five initialisations."""
+    variances, beta = [], mixing_weights(torch.zeros(14, 8), sqrt_beta)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        cell = SearchCell(SPACES["darts"]["normal"], 8, 8, 8, False, False, node_norm)
+        nodes = cell(*torch.randn(2, 32, 8, 16, 16), beta).chunk(4, 1)
+        variances.append([node.var(unbiased=False).item() for node in nodes])
+    np.testing.assert_allclose(np.mean(variances, axis=0), expected, within)
 
 
 @pytest.mark.parametrize("first", [200.0, -math.inf])
@@ -265,40 +279,25 @@ def test_root_of_beta_has_finite_gradients(first):
     weights = mixing_weights(alpha, sqrt_beta=True)
     (weights * torch.arange(4)).sum().backward()
     assert alpha.grad.isfinite().all()
-    torch.testing.assert_close(weights, torch.softmax(alpha, -1).sqrt())                # the naive values
+    torch.testing.assert_close(weights, torch.softmax(alpha, -1).sqrt())    # the naive values
 
 
 @torch.no_grad()
-def test_variance_of_the_mixture_is_that_of_equations_4_to_6(float64):
+@pytest.mark.parametrize("sqrt_beta", [False, True])
+def test_variance_of_the_mixture_is_that_of_equations_4_to_6(float64, sqrt_beta):
     torch.manual_seed(0)
     mixed, x = MixedOp(16, 1, DARTS_PRIMITIVES[4:]), slow_norm(torch.randn(16, 16, 8, 8))
-    covariance = torch.cov(torch.stack([mixed(x, beta).flatten() for beta in torch.eye(4)]), correction=0)
+    outputs = torch.stack([mixed(x, beta).flatten() for beta in torch.eye(4)])
+    covariance = torch.cov(outputs, correction=0)
     for scale in (0, 1, 2, 4):
-        alpha = scale * torch.randn(4)
-        for sqrt_beta in (False, True):
-            weights = mixing_weights(alpha, sqrt_beta)
-            squares = (weights ** 2 * covariance.diag()).sum()
-            C = sum(weights[i] * weights[j] * covariance[i, j] for i in range(4) for j in range(4) if i != j)
-            assert_near(mixed(x, weights).var(unbiased=False), squares + C)             # Eq. 4
-            expected = 1 if sqrt_beta else weights.square().sum().item()                # Eq. 6; Eq. 5
-            assert squares.item() == pytest.approx(expected, rel=1e-3) and abs(C) < 0.15
+        beta = mixing_weights(scale * torch.randn(4), sqrt_beta)
+        variance = mixed(x, beta).var(unbiased=False)
+        assert_near(variance, beta @ covariance @ beta)     # Eq. 4
+        alone = beta.square() @ covariance.diag()           # without its C
+        expected = 1 if sqrt_beta else beta.square().sum().item()   # Eq. 6; Eq. 5
+        assert alone.item() == pytest.approx(expected, rel=1e-3) and abs(variance - alone) < 0.15
     with pytest.raises(ValueError):
         mixed(x, mixing_weights(torch.zeros(5)))            # a beta too many
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 1), (5, 2)])
-def test_dilated_convolutions_equal_torchs(float64, kernel, stride, layout):
-    options = {"padding": kernel - 1, "dilation": 2, "groups": 4, "bias": False}
-    ours, theirs = (make(4, 4, kernel, stride, **options) for make in (DilatedConv, nn.Conv2d))
-    theirs.load_state_dict(ours.state_dict())
-    for H, W in product((6, 7), (8, 9)):
-        x = torch.randn(3, 4, H, W).contiguous(memory_format=layout).requires_grad_()
-        factors, results = torch.randn_like(theirs(x)), []
-        for conv in (ours, theirs):
-            y = conv(x)
-            results.append([y, *torch.autograd.grad((factors * y).sum(), [x, conv.weight])])
-        assert_near(*results)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -306,8 +305,8 @@ def test_every_operation_trains_in_channels_last_on_any_size(name):
     """A strided 1x1 convolution, in place of Subsample, would overrun its memory here."""
     for stride, size in product((1, 2), (7, 8, 56)):
         op = OPS[name](4, stride, True).to(memory_format=torch.channels_last)
-        x = torch.randn(4, 4, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
-        before, y = x.detach().clone(), op(x)
+        x = torch.randn(4, 4, size, size).contiguous(memory_format=torch.channels_last)
+        before, y = x.clone(), op(x.requires_grad_())
         assert y.shape == (4, 4, -(-size // stride), -(-size // stride)) and torch.equal(x, before)
         if name == "noise":                                 # N(0, 1), fresh, also in eval mode
             assert not y.requires_grad and not torch.equal(op.eval()(x), y)
@@ -318,22 +317,57 @@ def test_every_operation_trains_in_channels_last_on_any_size(name):
 
 
 def test_drop_path_takes_samples_of_all_inputs_but_identities():
-    cell = Cell(((("skip_connect", 0), ("avg_pool_3x3", 1)),), (2,), 2, 2, 2, False, False)
+    node = ("skip_connect", 0), ("avg_pool_3x3", 1)
+    cell = Cell([node], (2,), 2, 2, 2, False, False)
     cell.preprocess0 = cell.preprocess1 = nn.Identity()
-    s0, s1 = torch.rand(200, 2, 4, 4) + 1, torch.rand(200, 2, 4, 4) + 1
+    s0, s1 = torch.rand(2, 200, 2, 4, 4) + 1
     pooled = cell.eval()(s0, s1, 0.2) - s0                  # whole in eval mode
     assert torch.equal(cell.train()(s0, s1, 0.0) - s0, pooled)
     rest = cell(s0, s1, 0.2) - s0                           # the identity is never dropped
     kept = rest.flatten(1).abs().sum(1) > 1e-3
     assert 130 < kept.sum() < 190
     assert_near(rest[kept], pooled[kept] / 0.8, 1e-5)
-    strided = Cell(((("skip_connect", 0),),), (2,), 2, 2, 2, True, False)               # that is no identity
+    strided = Cell([node[:1]], (2,), 2, 2, 2, True, False)  # that is no identity
     assert 130 < strided(s0, s1, 0.2).flatten(1).any(1).sum() < 190
+
+
+NEAR = torch.tensor([[0.1253, *7 * [0.8747 / 7]], 8 * [0.125]]).log()  # bfloat16: 0.125 all of them
+
+
+@pytest.mark.parametrize("sqrt_beta", [False, True])
+def test_beta_weighs_and_sums_in_float32_under_amp(sqrt_beta):
+    """Pools and skips are not rounded by autocast: nothing else may be."""
+    mixed, x, results = MixedOp(4, 2, DARTS_PRIMITIVES[:3]), torch.randn(8, 4, 8, 8), []
+    for amp in (False, True):
+        alpha = NEAR[0, :3].clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            y = mixed(x, mixing_weights(alpha, sqrt_beta))
+        y.pow(3).sum().backward()
+        results.append([y, alpha.grad / alpha.grad.norm()])
+    assert_near(*results, 1e-5)
+
+
+@pytest.mark.parametrize("sqrt_beta", [False, True])
+def test_logits_under_amp_are_float32_and_differ_for_near_betas(sqrt_beta):
+    net = run.place(SuperNet(SPACES["darts"], 2, 3, sqrt_beta=sqrt_beta), CPU, amp=True)
+    images, results = torch.randn(8, 3, 16, 16), []
+    for row in NEAR:
+        for alpha in net.alphas.values():
+            alpha.data.copy_(row)
+        results.append(net(images))
+    assert not torch.equal(*results)
+    genotype = PUBLISHED["VS_DARTS"].genotype
+    derived = run.place(Network(genotype, 2, 3, auxiliary=True), CPU, amp=True)
+    logits, logits_aux = derived(torch.randn(2, 3, 32, 32))
+    assert {values.dtype for values in (*results, logits, logits_aux)} == {torch.float32}
+    for values in (*results, logits):                       # not rounded before
+        assert not torch.equal(values, values.bfloat16())
 
 
 def slow_larc(w, g, m, lr, momentum, decay, trust, clip):
     """One tensor at a time, the formulas of larc.py's docstring."""
-    w_norm, g_norm, factor = w.square().sum().sqrt().item(), g.square().sum().sqrt().item(), 1
+    w_norm, g_norm = (tensor.square().sum().sqrt().item() for tensor in (w, g))
+    factor = 1
     if w_norm > 0 and g_norm > 0:
         factor = trust * w_norm / (g_norm + decay * w_norm + 1e-8)
         if clip:
@@ -345,42 +379,47 @@ def slow_larc(w, g, m, lr, momentum, decay, trust, clip):
 @pytest.mark.parametrize("settings", [*product((0, 0.9), (0, 5e-3), (1, 0.02), (False, True))])
 def test_larc_equals_a_loop_over_tensors(float64, settings):
     torch.manual_seed(0)
-    values = [torch.randn(5, 3), torch.zeros(4), torch.randn(7), torch.randn(2), 100 * torch.randn(3)]
-    params = [value.clone().requires_grad_() for value in values]
-    momenta, optimizer = [torch.zeros_like(p) for p in params], LARC(params, 0.1, *settings)
+    values = [torch.randn(5, 3), torch.zeros(4), torch.randn(7), 100 * torch.randn(3)]
+    params, momenta = [value.clone().requires_grad_() for value in values], [0] * 4
+    left_alone = torch.ones(2, requires_grad=True)          # it has no gradient
+    optimizer = LARC([*params, left_alone], 0.1, *settings)
     for lr in (0.1, 0.025, 0.0, 0.05):
         optimizer.param_groups[0]["lr"] = lr
         for k, p in enumerate(params):
-            p.grad = torch.zeros_like(p) if k == 2 else torch.randn_like(p) * 10.0 ** (k - 2)
-        params[3].grad = None                               # left alone
+            p.grad = torch.randn_like(p) * (1, 10, 0, 0.1)[k]
+            values[k], momenta[k] = slow_larc(values[k], p.grad, momenta[k], lr, *settings)
         optimizer.step()
-        for k, p in enumerate(params):
-            if k != 3:
-                values[k], momenta[k] = slow_larc(values[k], p.grad, momenta[k], lr, *settings)
-            torch.testing.assert_close(p.detach(), values[k], rtol=1e-12, atol=1e-12)
+        for p, value in zip(params, values):
+            torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-12)
+    assert left_alone.tolist() == [1, 1]
 
 
 def brute_derive(space, betas):
-    """All operations of a node in one list, strongest first; taken from the top until two edges have one."""
-    cells = {"normal": [], "reduce": []}
-    for kind, j in product(cells, (2, 3, 4, 5)):
-        node, candidates = {}, []
-        for i, row in enumerate(betas[kind][EDGES.index((0, j)):][:j].tolist()):
-            candidates += [(-beta, i, o) for o, beta in enumerate(row) if space[kind][i, j][o] != "none"]
-        for _, i, o in sorted(candidates):
-            if len(node) < 2:
-                node.setdefault(i, space[kind][i, j][o])
-        cells[kind].append(tuple((name, i) for i, name in node.items()))
-    return Genotype(tuple(cells["normal"]), (2, 3, 4, 5), tuple(cells["reduce"]), (2, 3, 4, 5))
+    """All operations of a node in one list, from the top until two edges have one."""
+    found = {"normal_concat": (2, 3, 4, 5), "reduce_concat": (2, 3, 4, 5)}
+    for cell_type, edges in space.items():
+        nodes = []
+        for j in (2, 3, 4, 5):
+            rows = [(*edge, beta) for edge, beta in zip(edges.items(), betas[cell_type].tolist())]
+            choices = [(-beta, i, o, name) for (i, target), names, row in rows if target == j
+                       for o, (name, beta) in enumerate(zip(names, row)) if name != "none"]
+            node = {}
+            for _, i, _, name in sorted(choices):
+                if len(node) < 2:
+                    node.setdefault(i, name)
+            nodes.append(tuple((name, i) for i, name in node.items()))
+        found[cell_type] = tuple(nodes)
+    return Genotype(**found)
 
 
 @pytest.mark.parametrize("space", SPACES)
 def test_derivation_equals_brute_force(space):
     torch.manual_seed(0)
-    for trial in range(100):
-        betas = {kind: torch.rand(14, len(edges[0, 2])) for kind, edges in SPACES[space].items()}
-        if trial % 2:                                       # ties, among edges and operations
-            betas = {kind: (beta * 3).round() for kind, beta in betas.items()}
+    count = len(SPACES[space]["normal"][0, 2])
+    for ties in 50 * [False, True]:                         # among edges and operations
+        betas = {cell_type: torch.rand(14, count) for cell_type in ("normal", "reduce")}
+        if ties:
+            betas = {cell_type: (3 * beta).round() for cell_type, beta in betas.items()}
         assert search.derive(SPACES[space], betas) == brute_derive(SPACES[space], betas)
 
 
