@@ -299,7 +299,7 @@ def cutout_mask(uniform, H, W, side):
 
 @functools.cache
 def constants(spec, device):                                # once: a copy to a GPU waits for it
-    return [torch.tensor(value, device=device)[:, None, None] for value in (spec.mean, spec.std)]
+    return torch.tensor([spec.mean, spec.std], dtype=torch.float32, device=device)[..., None, None]
 
 
 def normalize(images, spec):
