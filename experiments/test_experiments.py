@@ -777,7 +777,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(monkeypatch, whole_runs, method, 
 def test_the_script_of_our_runs():
     """It lists each search once, all with the paper's product of alpha's rate and steps; and carries on."""
     def listed():
-        arguments = "experiments/runs.sh", "DATA", Path("out").absolute(), "--dry_run"
+        arguments = "experiments/runs.sh", "small", "DATA", Path("out").absolute(), "--dry_run"
         out, errors, status = program(*arguments, launcher=("env", "PYTHON=python", "bash"))
         assert (errors, status) == ("", 0)
         return [line.split() for line in out.splitlines()]
