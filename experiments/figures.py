@@ -1,16 +1,16 @@
 """The paper's figures, drawn from searches of your own. Sections 2.3, 3 and 4.
 
-    python -m experiments.figures 1 VS_DARTS      a cell: published, of a file, or of a search
-    python -m experiments.figures 3 RUN ...       searches side by side; so are 2, 4, 5, 6, overview
+    python -m experiments.figures 1 VS_DARTS             a published cell, a file's, a search's
+    python -m experiments.figures 3 RUN ...              also 2, 4, 5, 6, overview: side by side
     python -m experiments.figures 2 RUN --edge normal:1-3 --tune 2
-    python -m experiments.figures nasbench201 RUN ...     true accuracies, method by method
+    python -m experiments.figures nasbench201 RUN ...    true accuracies, method by method
 
-A search that is not finished is drawn as far as it is. A figure is a PNG, with its numbers beside
-it as JSON; it prints those that a claim of the paper rests on. Figures 2, 3, 5 and 6 look into the
-networks that `search.py --keep_nets` keeps: on the first batch of the half for alpha (figure 2: on
-all of it; figure 5, which is about w: of the half for w), not augmented, normalized by the batch's
-own statistics, as Eq. 3 has it. For nasbench201 a RUN is a folder of experiments.nasbench201, or a
-file like experiments/nasbench201.jsonl, with a run on each line.
+A search that is not finished is drawn as far as it is. A figure is a PNG, with its numbers
+beside it as JSON; those that a claim of the paper rests on are printed. Figures 2, 3, 5 and 6
+look into the networks that `search.py --keep_nets` keeps: on the first batch of the half for
+alpha (figure 2: on all of it; figure 5, which is about w: of the half for w), not augmented,
+normalized by the batch's own statistics, as Eq. 3 has it. For nasbench201 a RUN is a folder of
+experiments.nasbench201, or a file like experiments/nasbench201.jsonl, with a run on each line.
 """
 import argparse
 import copy
@@ -80,9 +80,9 @@ def load_net(run, epoch):
 
 
 def over_epochs(run, look, half=1):
-    """The dict that look(net, images, labels, epoch) returns, of lists: after 0, 1, ... epochs.
+    """What look(net, images, labels, epoch) returns, a dict, after 0, 1, ... epochs: of lists.
 
-    half: 0, that for w, or 1, that for alpha.
+    half: 0 for that of w, 1 for that of alpha.
     """
     split = search.read_halves(run, find_device(run.device))[half]
     images, labels = next(make_batches(split, run.batch_size, train=False).epoch(0))
@@ -125,11 +125,12 @@ def edge_row(space, edge):
         for row, ((i, j), primitives) in enumerate(edges.items()):
             if edge == f"{cell_type}:{i}-{j}":
                 return cell_type, row, primitives
-    raise SystemExit(f"--edge {edge}: there is none; the first is normal:0-2, the last reduce:4-5")
+    raise SystemExit(f"--edge {edge}: there is none; the first is normal:0-2, the last "
+                     "reduce:4-5")
 
 
 def covariance(x, y):
-    """Cov(x, y) over a batch and its pixels, (B, C, H, W) both, as the mean over the channels."""
+    """Cov(x, y) over a batch and its pixels, mean over the channels. x, y: (B, C, H, W)."""
     x, y = (z.double() - z.double().mean((0, 2, 3), keepdim=True) for z in (x, y))
     return (x * y).mean().item()
 
@@ -137,7 +138,7 @@ def covariance(x, y):
 # ---------------------------------------------------------------- figure 1: a cell as a graph
 
 def read_cell(name, options):
-    """(title, genotype), published, of a file or of a search: if it goes on, of its last epoch."""
+    """(title, genotype): published, a file's, or a search's: if it goes on, that of now."""
     file = Path(name) / "genotype.json"
     if Path(name).is_dir() and not file.exists():
         title, run = read_search(name, options)
@@ -156,17 +157,19 @@ def draw1(column, genotype):
 
 
 def draw_cell(ax, nodes, concat):
-    """Nodes on a line, an arc for every edge, as high as it is long: none hides another."""
+    """Nodes on a line, an arc for every edge, as high as it is long: none is hidden."""
     last, drawn, t = len(nodes) + 2, [], np.linspace(0, np.pi, 60)
     edges = [(i, j, name) for j, node in enumerate(nodes, start=2) for name, i in node]
-    middle, box = {"ha": "center", "va": "center"}, {"fc": "white", "ec": "none", "pad": 0.5}
+    middle = {"ha": "center", "va": "center"}
+    box = {"fc": "white", "ec": "none", "pad": 0.5}
     for i, j, name in [*edges, *((i, last, "") for i in concat)]:
         height = 0.62 * (j - i) + 0.3 * drawn.count((i, j)) if name else 0.18 * (i - j)
         drawn.append((i, j))
         color = COLORS.get(name, "0.75")
         ax.plot((i + j) / 2 - (j - i) / 2 * np.cos(t), height * np.sin(t), color=color)
         ax.text((i + j) / 2, height, name, color=color, bbox=box, **middle)
-    for node, name in enumerate(["cell before\nthe last", "last\ncell", *range(2, last), "output"]):
+    names = ["cell before\nthe last", "last\ncell", *range(2, last), "output"]
+    for node, name in enumerate(names):
         ax.text(node, 0, name, bbox={"fc": "white", "boxstyle": "round"}, **middle)
 
 
@@ -192,7 +195,10 @@ def answers(net, half, images):
 
 
 def tune(net, run, w_half, epochs):
-    """Trains the weights on, on their half, by the search's optimizer; its cosine goes by steps."""
+    """Trains the weights on, on their half, by the search's optimizer.
+
+    Its cosine goes down by steps, not by epochs.
+    """
     batches = make_batches(w_half, run.batch_size, make_seed(run.seed, "tune"))
     flags = {**vars(run), "epochs": epochs * batches.steps}
     optimizer, _, scheduler = search.make_optimizers(net, argparse.Namespace(**flags))
@@ -210,27 +216,33 @@ def alone(net, cell_type, row, operation):
 
 
 def compare(beta, right):
-    """right: the answers() with each operation alone. {"accuracy": percent of each, "tau": between
-    them and beta, "ceiling": between accuracies on two halves of the images}. No beta can follow
-    what does not repeat itself."""
+    """What beta says of the operations beside what they do. right: the answers() of each alone.
+
+    accuracy: of each, in percent. tau: between them and beta. ceiling: between the accuracies on
+    two halves of the images; no beta can follow what does not repeat itself.
+    """
     right = 100 * torch.stack(right).double()               # (operations, images)
     parts = right, right[:, ::2], right[:, 1::2]
     every, even, odd = (part.mean(1).tolist() for part in parts)
-    return {"accuracy": every, "tau": kendall_tau(beta, every), "ceiling": kendall_tau(even, odd)}
+    return {"accuracy": every, "tau": kendall_tau(beta, every),
+            "ceiling": kendall_tau(even, odd)}
 
 
 def measure2(run, options):
     """Of every edge, beta and accuracy of each operation but `none`, at once and tuned."""
-    net, edges = load_net(run, len(run.log) if options.epoch is None else options.epoch), {}
+    epoch = len(run.log) if options.epoch is None else options.epoch
+    net, edges = load_net(run, epoch), {}
     w_half, alpha_half = search.read_halves(run, find_device(run.device))
     alphas = copy.deepcopy(net.alphas.state_dict())
-    names = [f"{cell_type}:{i}-{j}" for cell_type in net.space for i, j in net.space[cell_type]]
+    names = [f"{cell_type}:{i}-{j}"
+             for cell_type, found in net.space.items() for i, j in found]
     for name in progress(names, f"edges of {run.folder}", len(names)):
         cell_type, row, primitives = edge_row(net.space, name)
         operations = {name: o for o, name in enumerate(primitives) if name != "none"}
         beta = net.betas()[cell_type][row, [*operations.values()]].tolist()
         edges[name] = {"operations": [*operations], "beta": beta}
-        for when in ("at once", "tuned") if options.tune and name in options.edge else ("at once",):
+        tuned = options.tune and name in options.edge
+        for when in ("at once", "tuned") if tuned else ("at once",):
             right = []
             for operation in operations.values():
                 alone(net, cell_type, row, operation)
@@ -264,13 +276,14 @@ def claim2(numbers):
 
 
 def draw_edge(above, below, name, edge):
-    """Accuracies above beta, smallest first: if beta follows them, they rise to the right."""
+    """Accuracies above beta, smallest first: they rise to the right if beta follows them."""
     order, text = np.argsort(edge["beta"]), name
     for key in list(edge)[2:]:                              # at once, tuned
         above.plot(np.take(edge[key]["accuracy"], order), "o-", label=key)
         text += f"\n{key}: tau {edge[key]['tau']:.2f}, ceiling {edge[key]['ceiling']:.2f}"
     below.bar(range(len(order)), np.take(edge["beta"], order), color="0.6")
-    below.set_xticks(range(len(order)), np.take(edge["operations"], order), rotation=35, ha="right")
+    operations = np.take(edge["operations"], order)
+    below.set_xticks(range(len(order)), operations, rotation=35, ha="right")
     below.set(ylabel="beta", xlabel=text)
     above.sharex(below)
     above.tick_params(labelbottom=False)
@@ -281,7 +294,7 @@ def draw_edge(above, below, name, edge):
 
 @torch.no_grad()
 def node_variances(net, layer, images):
-    """Section 3: the variance of each node's output in a cell, as the mean over its channels."""
+    """Section 3: {"node 2": the variance of its output, mean over its channels, ...}."""
     seen = enumerate(capture(net, images, net.cells[layer].normalize), start=2)
     return {f"node {j}": covariance(x_j, x_j) for j, (_, x_j) in seen}
 
@@ -298,14 +311,17 @@ def claim3(numbers):
 
 
 def measure4(run, options):
-    """Section 4.1. none: mean beta of `none` on the edges into each node at the end, {"N2": ...}.
-    mean_by_epoch: over all edges, after 1, 2, ... epochs."""
+    """Section 4.1. none: {"N2": beta of `none` at the end, mean over the edges into it, ...}.
+
+    mean_by_epoch: over all edges, after 1, 2, ... epochs.
+    """
     space, into = SPACES[run.space], {}
     operations = space["normal"][0, 2]
     if "none" not in operations:
         raise SystemExit(f"{run.folder}: there is no `none` in space {run.space}")
     for cell_type, alpha in run.log[-1]["alphas"].items():
-        for (_, j), beta in zip(space[cell_type], mixing_weights(torch.tensor(alpha)).tolist()):
+        betas = mixing_weights(torch.tensor(alpha)).tolist()
+        for (_, j), beta in zip(space[cell_type], betas):
             node = into.setdefault(f"{cell_type[0].upper()}{j}", [])
             node.append(beta[operations.index("none")])
     return {"none": {node: float(np.mean(found)) for node, found in into.items()},
@@ -327,10 +343,10 @@ def draw4(column, numbers):
 # ---------------------------------------------------------------- figure 5: gradients
 
 def sep_conv_gradients(net, layer, images, labels, args):
-    """Section 4.2, of the weights w of the 3x3 separable convolution on edges into the last node.
+    """Section 4.2, of the weights w of 3x3 separable convolutions on edges into the last node.
 
-    {edge: (|g|, |g| / |w|, |step| / |w|)}, g being the gradient. The step is the search's, with its
-    clip of g, but without momentum. args: flags, with the epoch's learning rate and weight decay.
+    {edge: (|g|, |g| / |w|, |step| / |w|)}, g being the gradient. The step is the search's, with
+    its clip of g, but without momentum. args: flags, with the epoch's rate and weight decay.
     """
     moved, values = copy.deepcopy(net), {}
     optimizer, _, _ = search.make_optimizers(moved, args)
@@ -355,7 +371,7 @@ def norm(tensors):
 def measure5(run, options):
     def look(net, images, labels, epoch):
         record = [*run.log, run.log[-1]][epoch]             # the last has none of its own
-        decay = record.get("weight_decay", run.weight_decay)                # ADA changes it
+        decay = record.get("weight_decay", run.weight_decay)            # ADA changes it
         args = {**vars(run), "learning_rate": record["lr"], "weight_decay": decay}
         edges = sep_conv_gradients(net, middle(net, "normal"), images, labels,
                                    argparse.Namespace(**args))
@@ -367,10 +383,10 @@ def measure5(run, options):
 
 
 def claim5(numbers):
-    """The paper's claim is about "early epochs"; here from 0, the untrained network, to 5."""
+    """The paper's is about "early epochs"; here from 0, the untrained network, to 5."""
     claims = {}
     for size in ("|g| / |w|", "|step| / |w|"):
-        logs = np.log([line[:6] for line in numbers[size].values()])        # (edges, epochs)
+        logs = np.log([line[:6] for line in numbers[size].values()])    # (edges, epochs)
         spread = float(np.exp(np.ptp(logs, 0).mean()))
         claims[f"largest over smallest {size}, epochs 0 to 5"] = spread
     return claims
@@ -383,14 +399,16 @@ RATIOS = ("variance ratio", "sigma ratio")                  # 6a: the caption's,
 
 @torch.no_grad()
 def mixed_variance(net, cell_type, row, images):
-    """Section 4.3, of an edge in the middle cell of its type. With w_o = beta_o, or its root:
+    """Section 4.3, of an edge in the middle cell of its type; w_o is beta_o, or its root.
 
     variance ratio  of the mixed operation to its input: 6a, by its caption
     sigma ratio     its root, of deviations: 6a, by the text
-    covariances     Cov(o_i, o_j) of every two operations but `none`; for i = j the variance (6b)
-    squares, C      the sums of Eq. 4: w_o^2 Cov(o, o) over o, w_i w_j Cov(o_i, o_j) over i != j
-    squares_without_none, C_without_none: the same, with the other betas scaled to a sum of 1. In
-                 Eq. 6 the first sum is 1; but `none`, whose variance is 0, adds no beta to it
+    covariances     Cov(o_i, o_j) of all operations but `none`; for i = j the variance (6b)
+    squares         the first sum of Eq. 4, of w_o^2 Cov(o, o)
+    C               the second sum, of w_i w_j Cov(o_i, o_j) over i != j
+    squares_without_none, C_without_none
+                    the same, with the other betas scaled to a sum of 1. In Eq. 6 the first sum
+                    is 1; but `none`, whose variance is 0, adds no beta to it
     """
     mixed = list(net.cells[middle(net, cell_type)].edges.values())[row]
     bodies = [op.body if isinstance(op, ReLUFirst) else op for op in mixed.ops.values()]
@@ -418,18 +436,20 @@ def measure6(run, options):
 
 
 def draw6(column, edges):
-    ratios = {f"{key}, {name}": edge[key] for name, edge in edges.items() for key in RATIOS}
+    ratios = {f"{key}, {name}": edge[key]
+              for name, edge in edges.items() for key in RATIOS}
     draw_panels(column, {"output / input": ratios})
     for (name, edge), pairs, sums in zip(edges.items(), column[1::2], column[2::2]):
         draw_pairs(pairs, name, edge["covariances"])
-        for key, style in (("variance", "k-"), ("squares", "b-"), ("squares_without_none", "b:"),
-                           ("C", "r-"), ("C_without_none", "r:")):
+        styles = {"variance": "k-", "squares": "b-", "squares_without_none": "b:", "C": "r-",
+                  "C_without_none": "r:"}
+        for key, style in styles.items():
             sums.plot(edge[key], style, label=key.replace("_", " "))
         sums.set(xlabel="epoch", ylabel=f"Eq. 4, {name}")
 
 
 def pairs_by_weights(name, covariances):
-    """[(how many of the two have no weights, covariance by epoch)]. A skip of stride 2 has."""
+    """[(how many of two have no weights, their covariances)]. A skip of stride 2 has some."""
     weightless = {"max_pool_3x3", "avg_pool_3x3", "noise", "skip_connect"}
     if name.startswith(("reduce:0-", "reduce:1-")):
         weightless.remove("skip_connect")
@@ -438,7 +458,8 @@ def pairs_by_weights(name, covariances):
 
 
 def draw_pairs(ax, name, covariances):
-    groups = (("0.6", "both with weights"), ("C0", "one with weights"), ("C3", "no weights"))
+    groups = (("0.6", "both with weights"), ("C0", "one with weights"),
+              ("C3", "no weights"))
     for group, values in pairs_by_weights(name, covariances):
         color, text = groups[group]
         ax.plot(values, color=color, linewidth=0.8, label=text)
@@ -455,7 +476,8 @@ def claim6(edges):
             claims[f"{name}: (largest - smallest {key}) / mean"] = spread
         claims[f"{name}: C / squares"] = edge["C"][-1] / edge["squares"][-1]
         pairs = pairs_by_weights(name, edge["covariances"])
-        for text, groups in (("covariance without weights", [2]), ("other covariance", [0, 1])):
+        for text, groups in {"covariance without weights": [2],
+                             "other covariance": [0, 1]}.items():
             last = [covariance[-1] for group, covariance in pairs if group in groups]
             if last:
                 claims[f"{name}: {text}"] = float(np.mean(last))
@@ -470,9 +492,11 @@ def read_methods(options):
     for run in itertools.chain(*map(read_runs201, options.runs)):
         key, flags = (run["method"], run["seed"]), run["flags"]
         runs[key] = max(run, runs.get(key, run), key=lambda run: len(run["accuracy"]))
-        settings.add(json.dumps({flag: flags[flag] for flag in sorted(flags.keys() - free)}))
+        own = {flag: flags[flag] for flag in sorted(flags.keys() - free)}
+        settings.add(json.dumps(own))
     if len(settings) > 1:
-        raise SystemExit(f"the settings of the runs differ: {', '.join(sorted(settings))}")
+        listed = ", ".join(sorted(settings))
+        raise SystemExit(f"the settings of the runs differ: {listed}")
     found = tables.groups(runs.values(), lambda run: run["method"])
     names = METHODS | {method: method for method in found.keys() - METHODS.keys()}
     wanted = [(name, found[method]) for method, name in names.items()
@@ -518,12 +542,13 @@ def draw201(column, numbers):
     marks = (("best cell", table.max(), ":"), ("mean of all cells", table.mean(), "-."),
              ("all skip connections", table[(1,) * 6], "--"))
     for name, value, style in marks:
-        ax.axhline(value, color="0.3", linewidth=0.8, linestyle=style, label=f"{name}, {value:.2f}")
+        ax.axhline(value, color="0.3", linewidth=0.8, linestyle=style,
+                   label=f"{name}, {value:.2f}")
     ax.set(xlabel="epoch", ylabel="CIFAR-10 accuracy, %", xlim=(0, None), ylim=(50, 96))
 
 
 def print_table201(numbers):
-    """Markdown, of the last epoch's cells. p: against DARTS-L2, where all runs are finished."""
+    """Markdown, of the last epoch's cells. p: against DARTS-L2, if both are finished."""
     tables.print_row("method", "seeds", "median", "mean ± deviation", "least", "most",
                      "below 90 %", "p", "beta of skip_connect", "beta of none")
     tables.print_row(*["---"] * 10)
@@ -548,16 +573,15 @@ def measure_overview(run, options):
     panels = {"loss": ("train_loss", "valid_loss"), "accuracy, %": ("train_acc", "valid_acc"),
               "mean beta": ("beta_none", "beta_skip")}      # None: not there
     for text, keys in panels.items():
-        lines = {key: [None, *(record[key] for record in run.log)] for key in keys}
-        panels[text] = {key: line for key, line in lines.items() if any(line)}
-    cells = [json.dumps(record.get("genotype")) for record in run.log]  # none in experiments/runs
+        panels[text] = {key: [None, *(record[key] for record in run.log)] for key in keys}
+    cells = [json.dumps(record.get("genotype")) for record in run.log]  # not in our runs/
     counts = {name: [None, *(cell.count(f'"{name}"') for cell in cells)] for name in OPS}
-    panels["chosen operations"] = {name: line for name, line in counts.items() if any(line)}
-    return panels
+    chosen = {name: line for name, line in counts.items() if any(line)}
+    return {**panels, "chosen operations": chosen}
 
 
 def draw_panels(column, panels):
-    """{text: {label: a value after 0, 1, ... epochs}}, panel by panel; norms on a log scale."""
+    """panels: {text: {label: a value after 0, 1, ... epochs}}. Norms have a log scale."""
     for ax, (text, lines) in zip(column, panels.items()):
         for name, values in lines.items():
             ax.plot(values, ".-", color=COLORS.get(name), label=name)
@@ -581,7 +605,8 @@ def picture(title, draw, rows, panel, numbers):
             found = [zip(*ax.get_legend_handles_labels()) for ax in row]
             lines = {text: line for line, text in itertools.chain(*found)}
             if lines:
-                row[-1].legend(lines.values(), lines, loc="upper left", bbox_to_anchor=(1.02, 1))
+                row[-1].legend(lines.values(), lines, loc="upper left",
+                               bbox_to_anchor=(1.02, 1))
         for axis in (axis for ax in page.axes for axis in (ax.xaxis, ax.yaxis)):
             if axis.get_label_text() in ("epoch", "edges", "chosen operations"):
                 axis.get_major_locator().set_params(integer=True)
@@ -593,7 +618,8 @@ def picture(title, draw, rows, panel, numbers):
 # title, measure(run, options), draw(axes of one column, numbers), rows (0: one, and two for each
 # --edge), numbers to print (numbers)
 FIGURES = {
-    "1": ("Figure 1: a cell as a graph", lambda genotype, _: genotype._asdict(), draw1, 2, None),
+    "1": ("Figure 1: a cell as a graph", lambda genotype, _: genotype._asdict(), draw1, 2,
+          None),
     "2": ("Figure 2: beta and discretization accuracy", measure2, draw2, 0, claim2),
     "3": ("Figure 3: variance of each node's output, middle cell", measure3, draw_panels, 1,
           claim3),
@@ -654,8 +680,10 @@ def main(arguments):
     print(f"{path} and {path.with_suffix('.json')}")
     if options.figure == "nasbench201":
         print_table201(numbers)
-    for run, values in numbers.items() if claim else ():
-        print(run, *(f"  {text}: {value:.3f}" for text, value in claim(values).items()), sep="\n")
+    for name, run in numbers.items() if claim else ():
+        print(name)
+        for text, value in claim(run).items():
+            print(f"  {text}: {value:.3f}")
 
 
 if __name__ == "__main__":
