@@ -36,6 +36,47 @@ PR-DARTS | 3.4 | 2.32 | 0.17 | PR_DARTS
 DARTS+PT | 3.0 | 2.61 ± 0.08 | 0.8 | DARTS+PT
 VS-DARTS (avg) | 3.4 ± 0.3 | 2.50 ± 0.05 | 0.4 | VS-DARTS
 VS-DARTS (best) | 3.38 | 2.43 | 0.4 | VS-DARTS (best)"""       # the last: our row that it stands beside
+TABLE2 = """\
+NASNet_A | 3.3 | 2.65 | 5.3 | 564 | 26.0 |
+AmoebaNet_B | 2.8 | 2.55 | 5.3 | 555 | 26.0 |
+ENAS | 4.6 | 2.89 | - | - | - |
+DARTS_V1 | 3.3 | 3.0 | - | - | - |
+DARTS_V2 | 3.3 | 2.76 | 4.7 | 574 | 26.7 | not reproduced
+SNAS_mild | - | - | 4.3 | 522 | 27.3 | not reproduced
+SNAS_moderate | 2.8 | 2.85 | - | - | - |
+GDAS | 3.4 | 2.93 | 5.3 | 581 | 26.0 | conv+fc
+P_DARTS | 3.4 | 2.5 | 4.9 | 557 | 24.4 | ptflops
+PC_DARTS | 3.6 | 2.57 | 5.3 | 586 | 25.1 | ptflops
+FairDARTS_B | 3.88 | 2.51 | 4.8 | 541 | 24.9 | conv+fc
+PR_DARTS | 3.4 | 2.32 | 5.0 | 543 | 24.1 | conv+fc
+DARTS_PT_0 | 2.85 | - | - | - | - |
+DARTS_PT_1 | 3.05 | - | - | - | - |
+DARTS_PT_2 | 2.66 | - | - | - | - |
+DARTS_PT_3 | 3.33 | - | - | - | - |
+VS_DARTS | 3.38 | 2.43 | 5.3 | 589 | 24.8 | thop"""     # the others have no published figures
+NOTES = """
+Counted with 20 cells, 36 channels; on ImageNet 14 and 48 (GDAS: 50). Published, in millions, in \
+brackets; as
+conv+fc, as here; thop, with batch norms and average pools; or ptflops, with batch norms, \
+ReLUs and pools.
+R-DARTS, PNAS and VS-DARTS + Proxy are not published as cells.
+- NASNet_A: published figures are of NASNet's own networks, not of this cell in DARTS's
+- AmoebaNet_B: published figures are of its own networks; the ImageNet ones from DARTS's table
+- ENAS: the cell drawn in the ENAS paper, in DARTS's network; 4.6M is of ENAS's own
+- DARTS_V1: first order
+- DARTS_V2: second order
+- SNAS_mild: 4.3M is SNAS_moderate's count, not this cell's
+- SNAS_moderate: Table 1's SNAS row
+- PC_DARTS: found on CIFAR-10
+- FairDARTS_B: 3.88M counts the auxiliary head; Table 1's row, 3.3 +- 0.5M, 2.54 %, \
+is a mean of seven cells
+- DARTS_PT_0: Table 1's 3.0M and 2.61 +- 0.08 % are means of 0 to 3; its ImageNet \
+cell is not published
+- VS_DARTS: the release's best cell, 3.72M; but Table 1's best row says 3.38M, which is VS_DARTS_2nd
+- VS_DARTS_2nd: 3.38M as in Table 1's best row; the three cells' mean, 3.36M, is its \
+3.4M (2.50 +- 0.05 %)
+- VS_DARTS_without_LARC: no figure is published for it; Table 4 has no row of \
+sqrt(beta) without LARC"""
 TABLE3 = {  # errors (%) on CIFAR-10, CIFAR-100 and SVHN, each in S1, S2, S3 and S4
     "DARTS": "3.84 4.85 3.34 7.20  29.46 26.05 28.90 28.85  4.58 3.53 3.41 3.05",
     "R-DARTS(L2)": "2.78 3.31 2.51 3.56  24.25 22.24 23.99 21.94  4.79 2.51 2.48 2.50",
@@ -168,17 +209,17 @@ def table2():
     print_row("cell", "CIFAR-10: parameters", "error (%)", "ImageNet: parameters", "multiply-adds",
               "top-1 error (%)", "counted as", "source")
     print_row(*["---"] * 8)
-    for name, cell in PUBLISHED.items():
-        small, large = network(cell.genotype), network(cell.genotype, True, cell.C_imagenet)
-        counted = (count_parameters(small), 0, count_parameters(large), count_macs(large, 224), 0)
-        pairs = zip(counted, (*cell.cifar10, *cell.imagenet))
-        numbers = [f"{here:,} ({there or '-'})" if here else str(there or "-") for here, there in pairs]
-        print_row(name, *numbers, cell.counted_as, cell.source)
-    print("""
-Counted with 20 cells, 36 channels; on ImageNet 14 and 48 (GDAS: 50). Published, in millions, in brackets; as
-conv+fc, as here; thop, with batch norms and average pools; or ptflops, with batch norms, ReLUs and pools.
-R-DARTS, PNAS and VS-DARTS + Proxy are not published as cells.""")
-    print("\n".join(f"- {name}: {cell.note}" for name, cell in PUBLISHED.items() if cell.note))
+    published = {}
+    for line in TABLE2.splitlines():
+        name, *published[name] = map(str.strip, line.split("|"))
+    for name, (genotype, source) in PUBLISHED.items():
+        small = network(genotype)
+        large = network(genotype, 50 if name == "GDAS" else 48, imagenet=True)
+        params, error, large_params, macs, top1, counted_as = published.get(name, [*"-----", ""])
+        print_row(name, f"{count_parameters(small):,} ({params})", error,
+                  f"{count_parameters(large):,} ({large_params})",
+                  f"{count_macs(large, 224):,} ({macs})", top1, counted_as, source)
+    print(NOTES)
 
 
 def main(arguments):
