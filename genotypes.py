@@ -1,12 +1,14 @@
-"""Cells as plain values: the genotype, the search spaces, the published cells of the paper's Tables 1 and 2.
+"""Cells as plain values: the genotype, the search spaces (section 5.2), the published cells.
 
     python genotypes.py                         the published cells, a line for each
     python genotypes.py VS_DARTS                one cell: nodes and edges, sizes, DARTS's notation
     python genotypes.py FILE --pt_darts         a cell in a file, and pt.darts's notation, too
+    python genotypes.py FILE:NAME               one of the cells in a file
     python genotypes.py --random 0 > cell.json  a random cell of the DARTS space, of seed 0
 
-FILE is a genotype.json of ours, or a text with one cell as DARTS, its forks or pt.darts write it:
-an entry of their genotypes.py, a line of a log, or lists in JSON. It is parsed, never evaluated.
+FILE is a genotype.json or search.json of ours, or a text with a cell as DARTS, its forks or
+pt.darts write it: an entry of their genotypes.py, a line of a log, lists in JSON. Such a text may
+also stand in FILE's place. It is parsed, never evaluated.
 """
 import argparse
 import ast
@@ -15,6 +17,8 @@ import os
 import random
 import re
 import sys
+from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,8 +27,9 @@ from model import OPS, Network, count_macs, count_parameters
 
 
 class Genotype(NamedTuple):
-    """A normal and a reduction cell. Node 0 is the last cell but one, node 1 the last; 2, 3, ... are its own.
-    normal, reduce: for each node from 2 on, its inputs as pairs (operation, source node), one or more.
+    """A normal and a reduction cell. Node 0 is the last cell but one, node 1 the last.
+
+    normal, reduce: for each node from 2 on, its inputs, (operation, source node), one or more.
     normal_concat, reduce_concat: the nodes whose concatenation is the cell's output.
     """
     normal: tuple
@@ -33,147 +38,40 @@ class Genotype(NamedTuple):
     reduce_concat: tuple
 
 
-def load_genotype(name_or_file):
-    """The genotype of a published cell's name, or in a file. Otherwise a ValueError of one line."""
-    if name_or_file in PUBLISHED:
-        return PUBLISHED[name_or_file].genotype
-    try:
-        with open(name_or_file, encoding="utf-8-sig") as file:
-            return from_text(file.read())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name_or_file} is no published cell (`python genotypes.py` lists them) "
-                         f"and no genotype: {error}") from None
-
-
-INSIDE = r"[^()]*"
-for _ in "cell", "node", "input":                           # brackets in brackets, as deep as they can be
-    INSIDE = rf"[^()]*(?:\({INSIDE}\)[^()]*)*"
-CALL = re.compile(rf"\b(?:(\w+)\s*=\s*(?:[\w.]{{1,99}}\.)?)?(?<!class )(Genotype\s*\({INSIDE}\))")
-
-
-def from_text(text):
-    """The one Genotype in `text`: in JSON, or as DARTS, its forks and pt.darts print it, amid other text.
-    Raises ValueError, one line that ends with an example, for anything else."""
-    text = text.replace("\\", "")                           # of shells and of strings in JSON
-    try:
-        genotype = parse(find_call(text) or text.strip())
-        return Genotype(*checked_cell("normal", genotype.normal, genotype.normal_concat),
-                        *checked_cell("reduce", genotype.reduce, genotype.reduce_concat))
-    except ValueError as error:
-        raise ValueError(f"{error}. What is read: JSON as `python genotypes.py --random 0` prints it, or "
-                         "Genotype(normal=[('sep_conv_3x3', 0), ('skip_connect', 1), ...], "
-                         "normal_concat=range(2, 6), reduce=[...], reduce_concat=range(2, 6))") from None
-
-
-def find_call(text):
-    """Genotype(...) out of `text`, None without one. Raises ValueError if there are several cells."""
-    calls, names = {}, {}
-    for name, call in CALL.findall(text):
-        calls[re.sub(r"\W+", " ", call)] = call             # the same words: one cell, in whatever notation
-        names[name or "one without a name"] = True
-    if len(calls) > 1:
-        raise ValueError(f"there are {len(calls)} genotypes ({', '.join(names)}) where one is wanted")
-    return calls.popitem()[1] if calls else None
-
-
-def parse(text):
-    """The Genotype in the words Genotype(...), a JSON object or a JSON list; its fields are not checked."""
-    text = re.sub(r"\brange\((\d),\s*(\d\d?)\)", lambda ends: str([*range(int(ends[1]), int(ends[2]))]), text)
-    try:
-        tree = ast.parse(text, mode="eval").body
-        if isinstance(tree, ast.Call) and ast.unparse(tree.func) == "Genotype":
-            fields = {word.arg: ast.literal_eval(word.value) for word in tree.keywords}
-            return Genotype(*map(ast.literal_eval, tree.args), **fields)
-        value = ast.literal_eval(tree)
-        return Genotype(**value) if isinstance(value, dict) else Genotype(*value)
-    except TypeError:
-        raise ValueError(f"it must have four fields, {', '.join(Genotype._fields)}") from None
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        raise ValueError("it is neither JSON nor Genotype(...) of plain lists, strings and numbers") from None
-
-
-def checked_cell(cell, nodes, concat):
-    """nodes, concat as tuples; DARTS's flat list is divided, two inputs a node. Raises ValueError."""
-    def is_list(value):
-        return isinstance(value, (list, tuple)) and len(value) > 0
-    if not is_list(nodes):
-        raise ValueError(f"{cell} must be a list of nodes")
-    if is_list(nodes[0]) and isinstance(nodes[0][0], str):
-        if len(nodes) % 2:
-            raise ValueError(f"{cell} is a flat list of {len(nodes)} inputs, not two for each node")
-        nodes = [nodes[i:i + 2] for i in range(0, len(nodes), 2)]
-    for j, node in enumerate(nodes, start=2):
-        for pair in node if is_list(node) else [node]:
-            if not is_list(pair) or len(pair) != 2 or str(pair[0]) not in OPS:
-                raise ValueError(f"{cell}, node {j}: {pair!r} is not (operation of model.py, source)")
-            if type(pair[1]) is not int or pair[1] not in range(j):
-                raise ValueError(f"{cell}, node {j}: the source {pair[1]!r} is not a node before it")
-    inner = range(2, len(nodes) + 2)
-    if (not is_list(concat) or any(type(i) is not int or i not in inner for i in concat)
-            or len(set(concat)) < len(concat)):
-        raise ValueError(f"{cell}_concat must list nodes of the cell from 2 to {inner[-1]}, each once")
-    return tuple(tuple(map(tuple, node)) for node in nodes), tuple(concat)
-
-
-def to_json(genotype):
-    return json.dumps(genotype._asdict(), indent=1)
-
-
-def pt_darts_notation(genotype):
-    """As pt.darts (khanrc/pt.darts) prints it. A second line names what DARTS's code lacks."""
-    fields, names = [], set()
-    for cell in ("normal", "reduce"):
-        nodes, concat = getattr(genotype, cell), list(getattr(genotype, f"{cell}_concat"))
-        run = range(concat[0], concat[-1] + 1)
-        concat = run if list(run) == concat else concat
-        fields += [f"{cell}={[list(node) for node in nodes]}", f"{cell}_concat={concat}"]
-        names |= {name for node in nodes for name, _ in node}
-    absent = ", ".join(sorted(names - {*DARTS_PRIMITIVES, "sep_conv_7x7"}))
-    return f"Genotype({', '.join(fields)})" + (f"\n# warning: DARTS's code has no {absent}" if absent else "")
-
-
-def darts_notation(genotype):
-    """As DARTS and its forks print it, a flat list. Raises ValueError if a node has not two inputs."""
-    if any(len(node) != 2 for node in genotype.normal + genotype.reduce):
-        raise ValueError("it cannot be written in DARTS's notation, which has two inputs a node")
-    return pt_darts_notation(genotype).replace("[[", "[").replace("], [", ", ").replace("]]", "]")
-
-
-def describe(genotype):
-    """The nodes and edges of both cells, a line for each node."""
-    lines = []
-    for cell in ("normal", "reduce"):
-        lines.append(f"  {cell} cell (0: the cell before the last, 1: the last)")
-        for j, node in enumerate(getattr(genotype, cell), start=2):
-            lines.append(f"    node {j} = " + " + ".join(f"{name}({i})" for name, i in node))
-        lines.append(f"    output = concat({', '.join(map(str, getattr(genotype, f'{cell}_concat')))})")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------- search spaces
 
-EDGES = [(i, j) for j in (2, 3, 4, 5) for i in range(j)]    # (source, target): 14 edges, four nodes
+EDGES = [(i, j) for j in (2, 3, 4, 5) for i in range(j)]    # (source, target): 14 edges
 DARTS_PRIMITIVES = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
                     "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
-SHORT = {"skip": "skip_connect", "max": "max_pool_3x3", "avg": "avg_pool_3x3", "max2": "max_pool_2x2",
-         "sep3": "sep_conv_3x3", "sep5": "sep_conv_5x5", "sep7": "sep_conv_7x7",
-         "dil3": "dil_conv_3x3", "dil5": "dil_conv_5x5", "nor1": "nor_conv_1x1", "nor3": "nor_conv_3x3"}
-S1 = {  # automl/RobustDARTS at 3dec3fe, src/spaces.py: two candidates an edge, in the order of EDGES
-    "normal": "skip dil3, skip dil5,  skip dil5, skip sep3, skip dil3,  max skip, skip sep3, skip sep3, "
-              "skip dil3,  skip sep3, max skip, skip dil3, dil3 dil5, dil3 dil5",
-    "reduce": "max avg, max dil3,  max avg, max avg, skip dil5,  max avg, max sep3, skip dil3, "
-              "skip dil5,  max avg, max avg, skip dil5, skip dil5, skip dil5",
+SHORT = {  # as the cells below are written
+    "skip": "skip_connect", "max": "max_pool_3x3", "avg": "avg_pool_3x3", "max2": "max_pool_2x2",
+    "sep3": "sep_conv_3x3", "sep5": "sep_conv_5x5", "sep7": "sep_conv_7x7",
+    "dil3": "dil_conv_3x3", "dil5": "dil_conv_5x5",
+    "nor1": "nor_conv_1x1", "nor3": "nor_conv_3x3",
 }
 
 
 def everywhere(*primitives):
-    return {cell: {edge: primitives for edge in EDGES} for cell in ("normal", "reduce")}
+    return {cell_type: {edge: primitives for edge in EDGES} for cell_type in ("normal", "reduce")}
+
+
+def edge_by_edge(text):
+    pairs = [tuple(map(SHORT.get, words.split())) for words in text.split(",")]
+    return dict(zip(EDGES, pairs))
 
 
 SPACES = {  # {space: {"normal" or "reduce": {(source, target): primitives}}}
     "darts": everywhere(*DARTS_PRIMITIVES),
-    "s1": {cell: {edge: tuple(map(SHORT.get, words.split())) for edge, words in zip(EDGES, text.split(","))}
-           for cell, text in S1.items()},
+    "s1": {  # automl/RobustDARTS at 3dec3fe, src/spaces.py; a line for each node
+        "normal": edge_by_edge("""skip dil3, skip dil5,
+            skip dil5, skip sep3, skip dil3,
+            max skip, skip sep3, skip sep3, skip dil3,
+            skip sep3, max skip, skip dil3, dil3 dil5, dil3 dil5"""),
+        "reduce": edge_by_edge("""max avg, max dil3,
+            max avg, max avg, skip dil5,
+            max avg, max sep3, skip dil3, skip dil5,
+            max avg, max avg, skip dil5, skip dil5, skip dil5"""),
+    },
     "s2": everywhere("skip_connect", "sep_conv_3x3"),
     "s3": everywhere("none", "skip_connect", "sep_conv_3x3"),
     "s4": everywhere("noise", "sep_conv_3x3"),
@@ -181,131 +79,307 @@ SPACES = {  # {space: {"normal" or "reduce": {(source, target): primitives}}}
 
 
 def random_genotype(seed):
-    """A cell of the DARTS space: two inputs a node, on each an operation but `none`, all equally likely."""
+    """A cell of the DARTS space: two inputs a node, all operations but `none` equally likely."""
     if seed < 0:
         raise ValueError("a seed is a whole number from 0 on")
-    draw, cells = random.Random(seed), []
-    for _ in "normal", "reduce":
-        cells.append(tuple(tuple((draw.choice(DARTS_PRIMITIVES[1:]), i) for i in draw.sample(range(j), 2))
-                           for j in (2, 3, 4, 5)))
-    return Genotype(cells[0], (2, 3, 4, 5), cells[1], (2, 3, 4, 5))
+    draw = random.Random(seed)
 
+    def draw_node(j):
+        return tuple((draw.choice(DARTS_PRIMITIVES[1:]), i) for i in draw.sample(range(j), 2))
+    inner = 2, 3, 4, 5
+    normal, reduce = (tuple(map(draw_node, inner)) for _ in range(2))
+    return Genotype(normal, inner, reduce, inner)
+
+
+# ---------------------------------------------------------------- published cells
 
 class Published(NamedTuple):
-    """A cell, where it is published, and its published figures (None: not published).
-    cifar10: (parameters in M, test error in %). imagenet: (parameters in M, multiply-adds in M, top-1 error).
-    counted_as: how the multiply-adds were counted. C_imagenet: channels of that network.
-    """
+    """A cell, and where it is published. Its figures are in experiments/tables.py."""
     genotype: Genotype
     source: str
-    cifar10: tuple = (None, None)
-    imagenet: tuple = (None, None, None)
-    counted_as: str = ""
-    note: str = ""
-    C_imagenet: int = 48
 
 
-def published(*figures, normal, reduce, **more):
-    """normal, reduce: "operation source, ... | ...; concat": operations as in SHORT, nodes divided by "|"."""
-    def cell(text):
-        text, _, concat = text.partition(";")
-        nodes = [[pair.split() for pair in node.split(",")] for node in text.split("|")]
+# Name and source, then the normal and the reduction cell: the inputs of each node from 2 on, and
+# after ";" the nodes of the output, if they are not 2 3 4 5.
+CELLS = """\
+NASNet_A: quark0/darts f276dd3, cnn/genotypes.py
+sep5 1, sep3 0 | sep5 0, sep3 0 | avg 1, skip 0 | avg 0, avg 0 | sep3 1, skip 1; 2 3 4 5 6
+sep5 1, sep7 0 | max 1, sep7 0 | avg 1, sep5 0 | skip 3, avg 2 | sep3 2, max 1; 4 5 6
+
+AmoebaNet_B: renqianluo/NAO, NAO/cnn/dag.py
+sep3 0, skip 1 | max 1, nor1 1 | sep3 0, nor1 1 | skip 3, nor1 3 | avg 1, nor1 5; 2 4 6
+max2 0, max 0 | dil5 2, max 2 | skip 2, nor3 1 | avg 3, nor1 4 | skip 4, sep3 1; 5 6
+
+ENAS: renqianluo/NAO, NAO/cnn/dag.py
+sep3 1, skip 1 | sep5 1, skip 0 | avg 0, sep3 1 | sep3 0, avg 1 | sep5 1, avg 0; 2 3 4 5 6
+sep5 0, avg 1 | sep3 1, avg 1 | sep3 1, avg 1 | sep5 4, avg 1 | sep3 5, sep5 0; 2 3 6
+
+DARTS_V1: quark0/darts f276dd3, cnn/genotypes.py
+sep3 1, sep3 0 | skip 0, sep3 1 | skip 0, sep3 1 | sep3 0, skip 2
+max 0, max 1 | skip 2, max 0 | max 0, skip 2 | skip 2, avg 0
+
+DARTS_V2: quark0/darts f276dd3, cnn/genotypes.py
+sep3 0, sep3 1 | sep3 0, sep3 1 | sep3 1, skip 0 | skip 0, dil3 2
+max 0, max 1 | skip 2, max 1 | max 0, skip 2 | skip 2, max 1
+
+SNAS_mild: SNAS-Series/SNAS-Series 9a43adb, genotypes.py
+sep3 0, sep3 1 | skip 0, dil3 1 | skip 0, skip 1 | skip 0, sep3 1
+max 0, max 1 | max 1, skip 2 | max 1, skip 2 | max 0, dil5 2
+
+SNAS_moderate: SNAS-Series/SNAS-Series 9a43adb, genotypes.py
+dil5 0, skip 1 | sep3 0, skip 1 | skip 0, skip 1 | sep3 0, dil5 1
+max 0, max 1 | sep5 0, dil5 1 | sep5 0, sep5 1 | sep5 0, sep5 0
+
+GDAS: D-X-Y/AutoDL-Projects, xautodl/nas_infer_model/DXYs/genotypes.py
+skip 0, skip 1 | skip 0, sep5 2 | sep3 3, skip 0 | sep5 4, sep3 3
+sep5 0, sep3 1 | sep5 2, sep5 1 | dil5 2, sep3 1 | sep5 0, sep5 1
+
+P_DARTS: chenxin061/pdarts b880e87, genotypes.py
+skip 0, dil3 1 | skip 0, sep3 1 | sep3 1, sep3 3 | sep3 0, dil5 4
+avg 0, sep5 1 | sep3 0, dil5 2 | max 0, dil3 1 | dil3 1, dil5 3
+
+PC_DARTS: yuhuixu1993/PC-DARTS b74702f, genotypes.py
+sep3 1, skip 0 | sep3 0, dil3 1 | sep5 0, sep3 1 | avg 0, dil3 1
+sep5 1, max 0 | sep5 1, sep5 2 | sep3 0, sep3 3 | sep3 1, sep3 2
+
+FairDARTS_B: xiaomi-automl/FairDARTS 270cfc9, fairdarts/genotypes.py
+sep3 0, sep3 1 | sep3 1 | dil3 0, sep5 1 | dil5 1
+skip 0, dil3 1 | skip 0, dil3 1 | max 0, sep3 1 | skip 2, max 0
+
+PR_DARTS: salesforce/PR-DARTS 732bf43, PRDARTS_eval/genotypes.py
+skip 0, sep3 1 | dil3 2, sep3 0 | dil3 3, sep3 1 | dil3 4, dil3 1
+avg 0, dil5 1 | sep3 0, dil5 2 | sep5 1, dil3 3 | dil5 4, dil5 1
+
+DARTS_PT_0: ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py
+sep3 0, sep3 1 | sep5 0, dil3 1 | skip 0, skip 2 | skip 0, max 4
+sep3 0, avg 1 | dil5 1, dil3 2 | avg 0, max 2 | sep3 2, skip 4
+
+DARTS_PT_1: ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py
+sep3 0, sep3 1 | sep3 0, dil3 1 | max 0, skip 2 | skip 0, dil3 4
+dil5 0, avg 1 | max 0, sep5 2 | max 1, dil3 3 | sep5 0, sep3 4
+
+DARTS_PT_2: ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py
+skip 0, sep3 1 | sep3 0, dil3 1 | skip 2, dil3 3 | max 1, skip 2
+avg 0, max 1 | avg 0, sep3 1 | dil5 2, skip 3 | sep3 2, sep5 4
+
+DARTS_PT_3: ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py
+sep3 0, sep3 1 | sep3 0, sep3 1 | skip 0, skip 2 | sep3 1, skip 3
+avg 0, sep5 1 | max 1, skip 2 | dil5 1, max 3 | sep5 2, skip 3
+
+VS_DARTS: genesis1104/VS-DARTS 2325c4b, genotypes.py
+sep3 1, skip 0 | sep3 1, sep3 2 | sep3 1, sep3 3 | sep3 1, max 0
+max 0, max 1 | dil5 2, dil3 1 | dil5 2, max 0 | sep5 0, dil5 2
+
+VS_DARTS_2nd: genesis1104/VS-DARTS 2325c4b, genotypes.py
+skip 0, sep5 1 | sep3 1, skip 0 | sep3 1, skip 0 | sep3 1, sep5 3
+max 0, dil3 1 | max 0, sep3 1 | max 0, dil5 2 | max 0, skip 2
+
+VS_DARTS_3rd: genesis1104/VS-DARTS 2325c4b, genotypes.py
+sep3 0, sep3 1 | skip 0, sep3 1 | sep3 1, skip 0 | skip 2, skip 0
+max 0, dil3 1 | max 0, max 1 | dil5 3, max 0 | sep5 4, dil5 3
+
+VS_DARTS_without_LARC: genesis1104/VS-DARTS 2325c4b, genotypes.py
+sep3 1, skip 0 | sep3 1, skip 0 | sep3 1, skip 0 | sep5 1, max 0
+max 0, sep5 1 | sep3 2, sep3 0 | dil5 1, dil5 3 | dil5 4, sep5 0
+"""
+
+
+def published(lines):
+    """(name, Published) of three lines of CELLS."""
+    def cell(line):
+        line, _, concat = line.partition(";")
+        nodes = [re.findall(r"(\w+) (\d)", node) for node in line.split("|")]
         nodes = tuple(tuple((SHORT[word], int(i)) for word, i in node) for node in nodes)
         return nodes, tuple(map(int, (concat or "2 3 4 5").split()))
-    return Published(Genotype(*cell(normal), *cell(reduce)), *figures, **more)
+    title, normal, reduce = lines.splitlines()
+    name, source = title.split(": ")
+    return name, Published(Genotype(*cell(normal), *cell(reduce)), source)
 
 
-PUBLISHED = {
-    "NASNet_A": published("quark0/darts f276dd3, cnn/genotypes.py", (3.3, 2.65), (5.3, 564, 26.0),
-        normal="sep5 1, sep3 0 | sep5 0, sep3 0 | avg 1, skip 0 | avg 0, avg 0 | sep3 1, skip 1; 2 3 4 5 6",
-        reduce="sep5 1, sep7 0 | max 1, sep7 0 | avg 1, sep5 0 | skip 3, avg 2 | sep3 2, max 1; 4 5 6",
-        note="published figures are of NASNet's own networks, not of this cell in DARTS's"),
-    "AmoebaNet_B": published("renqianluo/NAO, NAO/cnn/dag.py", (2.8, 2.55), (5.3, 555, 26.0),
-        normal="sep3 0, skip 1 | max 1, nor1 1 | sep3 0, nor1 1 | skip 3, nor1 3 | avg 1, nor1 5; 2 4 6",
-        reduce="max2 0, max 0 | dil5 2, max 2 | skip 2, nor3 1 | avg 3, nor1 4 | skip 4, sep3 1; 5 6",
-        note="published figures are of its own networks; the ImageNet ones from DARTS's table"),
-    "ENAS": published("renqianluo/NAO, NAO/cnn/dag.py", (4.6, 2.89),
-        normal="sep3 1, skip 1 | sep5 1, skip 0 | avg 0, sep3 1 | sep3 0, avg 1 | sep5 1, avg 0; 2 3 4 5 6",
-        reduce="sep5 0, avg 1 | sep3 1, avg 1 | sep3 1, avg 1 | sep5 4, avg 1 | sep3 5, sep5 0; 2 3 6",
-        note="the cell drawn in the ENAS paper, in DARTS's network; 4.6M is of ENAS's own"),
-    "DARTS_V1": published("quark0/darts f276dd3, cnn/genotypes.py", (3.3, 3.00),
-        normal="sep3 1, sep3 0 | skip 0, sep3 1 | skip 0, sep3 1 | sep3 0, skip 2",
-        reduce="max 0, max 1 | skip 2, max 0 | max 0, skip 2 | skip 2, avg 0", note="first order"),
-    "DARTS_V2": published("quark0/darts f276dd3, cnn/genotypes.py", (3.3, 2.76), (4.7, 574, 26.7),
-        normal="sep3 0, sep3 1 | sep3 0, sep3 1 | sep3 1, skip 0 | skip 0, dil3 2", note="second order",
-        reduce="max 0, max 1 | skip 2, max 1 | max 0, skip 2 | skip 2, max 1", counted_as="not reproduced"),
-    "SNAS_mild": published("SNAS-Series/SNAS-Series 9a43adb, genotypes.py", imagenet=(4.3, 522, 27.3),
-        normal="sep3 0, sep3 1 | skip 0, dil3 1 | skip 0, skip 1 | skip 0, sep3 1",
-        reduce="max 0, max 1 | max 1, skip 2 | max 1, skip 2 | max 0, dil5 2", counted_as="not reproduced",
-        note="4.3M is SNAS_moderate's count, not this cell's"),
-    "SNAS_moderate": published("SNAS-Series/SNAS-Series 9a43adb, genotypes.py", (2.8, 2.85),
-        normal="dil5 0, skip 1 | sep3 0, skip 1 | skip 0, skip 1 | sep3 0, dil5 1",
-        reduce="max 0, max 1 | sep5 0, dil5 1 | sep5 0, sep5 1 | sep5 0, sep5 0", note="Table 1's SNAS row"),
-    "GDAS": published("D-X-Y/AutoDL-Projects, xautodl/nas_infer_model/DXYs/genotypes.py", (3.4, 2.93),
-        normal="skip 0, skip 1 | skip 0, sep5 2 | sep3 3, skip 0 | sep5 4, sep3 3",
-        reduce="sep5 0, sep3 1 | sep5 2, sep5 1 | dil5 2, sep3 1 | sep5 0, sep5 1",
-        imagenet=(5.3, 581, 26.0), counted_as="conv+fc", C_imagenet=50),
-    "P_DARTS": published("chenxin061/pdarts b880e87, genotypes.py", (3.4, 2.50), (4.9, 557, 24.4),
-        normal="skip 0, dil3 1 | skip 0, sep3 1 | sep3 1, sep3 3 | sep3 0, dil5 4",
-        reduce="avg 0, sep5 1 | sep3 0, dil5 2 | max 0, dil3 1 | dil3 1, dil5 3", counted_as="ptflops"),
-    "PC_DARTS": published("yuhuixu1993/PC-DARTS b74702f, genotypes.py", (3.6, 2.57), (5.3, 586, 25.1),
-        normal="sep3 1, skip 0 | sep3 0, dil3 1 | sep5 0, sep3 1 | avg 0, dil3 1", note="found on CIFAR-10",
-        reduce="sep5 1, max 0 | sep5 1, sep5 2 | sep3 0, sep3 3 | sep3 1, sep3 2", counted_as="ptflops"),
-    "FairDARTS_B": published("xiaomi-automl/FairDARTS 270cfc9, fairdarts/genotypes.py", (3.88, 2.51),
-        normal="sep3 0, sep3 1 | sep3 1 | dil3 0, sep5 1 | dil5 1", imagenet=(4.8, 541, 24.9),
-        reduce="skip 0, dil3 1 | skip 0, dil3 1 | max 0, sep3 1 | skip 2, max 0", counted_as="conv+fc",
-        note="3.88M counts the auxiliary head; Table 1's row, 3.3 +- 0.5M, 2.54 %, is a mean of seven cells"),
-    "PR_DARTS": published("salesforce/PR-DARTS 732bf43, PRDARTS_eval/genotypes.py", (3.4, 2.32),
-        normal="skip 0, sep3 1 | dil3 2, sep3 0 | dil3 3, sep3 1 | dil3 4, dil3 1",
-        reduce="avg 0, dil5 1 | sep3 0, dil5 2 | sep5 1, dil3 3 | dil5 4, dil5 1",
-        imagenet=(5.0, 543, 24.1), counted_as="conv+fc"),
-    "DARTS_PT_0": published("ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", (2.85, None),
-        normal="sep3 0, sep3 1 | sep5 0, dil3 1 | skip 0, skip 2 | skip 0, max 4",
-        reduce="sep3 0, avg 1 | dil5 1, dil3 2 | avg 0, max 2 | sep3 2, skip 4",
-        note="Table 1's 3.0M and 2.61 +- 0.08 % are means of 0 to 3; its ImageNet cell is not published"),
-    "DARTS_PT_1": published("ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", (3.05, None),
-        normal="sep3 0, sep3 1 | sep3 0, dil3 1 | max 0, skip 2 | skip 0, dil3 4",
-        reduce="dil5 0, avg 1 | max 0, sep5 2 | max 1, dil3 3 | sep5 0, sep3 4"),
-    "DARTS_PT_2": published("ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", (2.66, None),
-        normal="skip 0, sep3 1 | sep3 0, dil3 1 | skip 2, dil3 3 | max 1, skip 2",
-        reduce="avg 0, max 1 | avg 0, sep3 1 | dil5 2, skip 3 | sep3 2, sep5 4"),
-    "DARTS_PT_3": published("ruocwang/darts-pt 4ec3149, sota/cnn/genotypes.py", (3.33, None),
-        normal="sep3 0, sep3 1 | sep3 0, sep3 1 | skip 0, skip 2 | sep3 1, skip 3",
-        reduce="avg 0, sep5 1 | max 1, skip 2 | dil5 1, max 3 | sep5 2, skip 3"),
-    "VS_DARTS": published("genesis1104/VS-DARTS 2325c4b, genotypes.py", (3.38, 2.43), (5.3, 589, 24.8),
-        normal="sep3 1, skip 0 | sep3 1, sep3 2 | sep3 1, sep3 3 | sep3 1, max 0",
-        reduce="max 0, max 1 | dil5 2, dil3 1 | dil5 2, max 0 | sep5 0, dil5 2", counted_as="thop",
-        note="the release's best cell, 3.72M; but Table 1's best row says 3.38M, which is VS_DARTS_2nd"),
-    "VS_DARTS_2nd": published("genesis1104/VS-DARTS 2325c4b, genotypes.py",
-        normal="skip 0, sep5 1 | sep3 1, skip 0 | sep3 1, skip 0 | sep3 1, sep5 3",
-        reduce="max 0, dil3 1 | max 0, sep3 1 | max 0, dil5 2 | max 0, skip 2",
-        note="3.38M as in Table 1's best row; the three cells' mean, 3.36M, is its 3.4M (2.50 +- 0.05 %)"),
-    "VS_DARTS_3rd": published("genesis1104/VS-DARTS 2325c4b, genotypes.py",
-        normal="sep3 0, sep3 1 | skip 0, sep3 1 | sep3 1, skip 0 | skip 2, skip 0",
-        reduce="max 0, dil3 1 | max 0, max 1 | dil5 3, max 0 | sep5 4, dil5 3"),
-    "VS_DARTS_without_LARC": published("genesis1104/VS-DARTS 2325c4b, genotypes.py",
-        normal="sep3 1, skip 0 | sep3 1, skip 0 | sep3 1, skip 0 | sep5 1, max 0",
-        reduce="max 0, sep5 1 | sep3 2, sep3 0 | dil5 1, dil5 3 | dil5 4, sep5 0",
-        note="no figure is published for it; Table 4 has no row of sqrt(beta) without LARC"),
-}
+PUBLISHED = dict(map(published, CELLS.strip().split("\n\n")))
 
 
-def network(genotype, imagenet=False, C=None):
-    """The genotype's network in the published size, CIFAR-10 or ImageNet form, without values (on "meta")."""
-    C, layers, classes = (C or 48, 14, 1000) if imagenet else (C or 36, 20, 10)
+# ---------------------------------------------------------------- reading
+
+def load_genotype(name):
+    """The genotype of a published cell, of FILE or of FILE:NAME, or in a text itself.
+
+    Raises ValueError, one line that ends with an example, for anything else.
+    """
+    name = str(name)
+    if name in PUBLISHED:
+        return PUBLISHED[name].genotype
+    file, wanted = (name, None) if os.path.exists(name) else name.rpartition(":")[::2]
+    try:
+        if "," in name and not os.path.exists(file):
+            return from_text(name)
+        data = Path(file or name).read_bytes()
+        return from_text(data.decode(json.detect_encoding(data), "replace"), wanted)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{' '.join(name.split()):.80} is no published cell (`python genotypes.py` lists them) "
+            f"and no genotype: {error}. What is read: JSON as `python genotypes.py --random 0` "
+            "prints it, or Genotype(normal=[('sep_conv_3x3', 0), ('skip_connect', 1), ...], "
+            "normal_concat=range(2, 6), reduce=[...], reduce_concat=range(2, 6))") from None
+
+
+def from_text(text, wanted=None):
+    """The one Genotype in `text`, or that called `wanted` in it. Raises ValueError, one line."""
+    cells = find_cells(text.replace("\\", ""))              # backslashes of shells and of JSON
+    chosen = [words for name, words in cells if wanted in (None, name)]
+    try:
+        found = {*map(read_cell, chosen)}
+    except ValueError:
+        if len(chosen) == 1:
+            raise
+        found = ()                                          # it is one of several, and not wanted
+    if len(found) != 1:
+        names = ", ".join(dict.fromkeys(name for name, _ in cells))
+        raise ValueError(f"of its genotypes ({names}) one is wanted: FILE:NAME, or its text alone")
+    return found.pop()
+
+
+def find_cells(text):
+    """[(name, words)] of every `name = Genotype(...)` or `"genotype": {...}`, bracket to bracket.
+
+    Without a name it is called by its number. Without any of these, the whole text is one.
+    """
+    start = r"(?:\b(\w+)\s*=\s*[\w.]*)?(?<!class )\bGenotype\s*(?=\()|\bgenotype\W{1,5}(?={)"
+    _, *parts = re.split(start, text)
+    cells = []
+    for name, part in zip(parts[::2], parts[1::2]):
+        part = re.sub("#.*", "", part)
+        depths = [*accumulate((letter in "({") - (letter in ")}") for letter in part)]
+        if 0 in depths:                                     # else it is cut off
+            cells.append((name or str(len(cells) + 1), part[:depths.index(0) + 1]))
+    return cells or [("", text.strip())]
+
+
+def read_cell(words):
+    """The Genotype in the words (normal=..., ...), or a JSON object or list. Raises ValueError."""
+    words = re.sub(r"\brange\((\d),\s*(\d\d?)\)",
+                   lambda ends: str([*range(int(ends[1]), int(ends[2]))]), words)
+    words = re.sub(r",\s*\w+\s*=\s*None\b", "", words)      # two fields more in AutoDL-Projects
+    try:
+        if words.startswith("("):
+            call = ast.parse(f"Genotype{words}", mode="eval").body
+            fields = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+            cell = Genotype(*map(ast.literal_eval, call.args), **fields)
+        else:
+            value = ast.literal_eval(words)
+            cell = Genotype(**value) if isinstance(value, dict) else Genotype(*value)
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError("it is neither JSON nor Genotype(...) of four fields, normal, "
+                         "normal_concat, reduce, reduce_concat, all plain lists") from None
+    return Genotype(*checked_cell("normal", cell.normal, cell.normal_concat),
+                    *checked_cell("reduce", cell.reduce, cell.reduce_concat))
+
+
+def listed(value):
+    """The value if it is a list or a tuple, else an empty one."""
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def checked_cell(cell_type, given, concat):
+    """(nodes, concat) as tuples, without `none`, which adds nothing. Raises ValueError."""
+    nodes = []
+    for j, node in enumerate(divide(cell_type, given), start=2):
+        place = f"{cell_type}, node {j}"
+        inputs = [checked_input(place, j, pair) for pair in listed(node)]
+        nodes.append(tuple(pair for pair in inputs if pair[0] != "none"))
+        if not nodes[-1]:
+            raise ValueError(f"{place} has no input")
+    known = {i for i in listed(concat) if type(i) is int and i in range(2, j + 1)}
+    if not known or len(known) < len(concat):
+        raise ValueError(f"{cell_type}_concat must list nodes of the cell from 2 to {j}, each once")
+    return tuple(nodes), tuple(concat)
+
+
+def divide(cell_type, given):
+    """Each node's inputs. DARTS lists two a node, FairDARTS lists (operation, node, source)."""
+    if not listed(given):
+        raise ValueError(f"{cell_type} must be a list of nodes")
+    kinds = {tuple(map(type, listed(one))) for one in given}
+    if kinds == {(str, int, int)}:
+        nodes = {}
+        for name, j, i in given:
+            nodes.setdefault(j, []).append((name, i))
+        return [nodes.get(j, []) for j in range(2, len(nodes) + 2)]
+    if not any(str in kind for kind in kinds):
+        return given
+    if len(given) % 2:
+        raise ValueError(f"{cell_type} is a flat list of {len(given)} inputs, not two a node")
+    return [given[k:k + 2] for k in range(0, len(given), 2)]
+
+
+def checked_input(place, j, given):
+    """(operation, source) of an input of node j. Raises ValueError."""
+    match given:
+        case [str(name), i] if name in OPS or name == "none":
+            if type(i) is int and i in range(j):
+                return name, i
+            raise ValueError(f"{place}: the source {i!r:.80} is not a node before it")
+        case [_, _, third]:
+            raise ValueError(f"{place}: a third value, {third!r:.80}, in (operation, source)")
+    raise ValueError(f"{place}: {given!r:.80} is not (operation of model.py, source)")
+
+
+# ---------------------------------------------------------------- writing
+
+def to_json(genotype):
+    return json.dumps(genotype._asdict(), indent=1)
+
+
+def pt_darts_notation(genotype):
+    """As pt.darts (khanrc/pt.darts) prints it. A second line names what DARTS's code lacks."""
+    fields = []
+    for nodes, concat in genotype[:2], genotype[2:]:
+        run = range(concat[0], concat[-1] + 1)
+        fields += [[[*node] for node in nodes], run if tuple(run) == concat else [*concat]]
+    names = {name for node in genotype.normal + genotype.reduce for name, _ in node}
+    absent = ", ".join(sorted(names - {*DARTS_PRIMITIVES, "sep_conv_7x7"}))
+    warning = f"\n# warning: DARTS's code has no {absent}" if absent else ""
+    return f"{Genotype(*fields)}{warning}"
+
+
+def darts_notation(genotype):
+    """As DARTS and its forks print it, a flat list. Raises ValueError: it has two inputs a node."""
+    if any(len(node) != 2 for node in genotype.normal + genotype.reduce):
+        raise ValueError("it cannot be written in DARTS's notation, which has two inputs a node")
+    text = pt_darts_notation(genotype)
+    return text.replace("[[", "[").replace("], [", ", ").replace("]]", "]")
+
+
+def describe(genotype):
+    """The nodes and edges of both cells, a line for each node."""
+    lines = []
+    for cell_type, nodes, concat in ("normal", *genotype[:2]), ("reduce", *genotype[2:]):
+        lines.append(f"  {cell_type} cell (0: the cell before the last, 1: the last)")
+        for j, node in enumerate(nodes, start=2):
+            lines.append(f"    node {j} = " + " + ".join(f"{name}({i})" for name, i in node))
+        lines.append(f"    output = concat({', '.join(map(str, concat))})")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command
+
+def network(genotype, C=36, imagenet=False):
+    """The genotype's network of the published depth, without values. imagenet: usually C=48."""
+    layers, classes = (14, 1000) if imagenet else (20, 10)
     with torch.device("meta"):
         return Network(genotype, C, layers, classes, imagenet=imagenet)
 
 
-def print_cell(name_or_file, pt_darts):
-    genotype = load_genotype(name_or_file)
-    cell = PUBLISHED.get(name_or_file, Published(genotype, "a file"))
-    print(f"{name_or_file}\n  source: {cell.source}" + (f"\n  note: {cell.note}" if cell.note else ""))
+def print_cell(name, pt_darts):
+    genotype = load_genotype(name)
+    print(name)
+    if name in PUBLISHED:
+        print(f"  source: {PUBLISHED[name].source}")
     print(describe(genotype))
-    imagenet = network(genotype, True, cell.C_imagenet)
-    for form, net, size in (("CIFAR-10, 20 cells, 36 channels", network(genotype), 32),
-                            (f"ImageNet, 14 cells, {cell.C_imagenet} channels", imagenet, 224)):
-        print(f"  {form}: {count_parameters(net):,} parameters, {count_macs(net, size):,} multiply-adds")
+    for form, C, size in ("CIFAR-10, 20", 36, 32), ("ImageNet, 14", 48, 224):
+        net = network(genotype, C, imagenet=size == 224)
+        print(f"  {form} cells, {C} channels: {count_parameters(net):,} parameters, "
+              f"{count_macs(net, size):,} multiply-adds")
     try:
         print(f"  in DARTS's notation, for a fork's genotypes.py:\n{darts_notation(genotype)}")
     except ValueError as error:
@@ -315,13 +389,13 @@ def print_cell(name_or_file, pt_darts):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser("genotypes.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"genotypes.py: {message} (see --help)\n")
+    parser = argparse.ArgumentParser(
+        "genotypes.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument("cell", nargs="?", help="the name of a published cell, or a file")
+    one_of.add_argument("cell", nargs="?", help="the name of a published cell, a file, or a text")
     one_of.add_argument("--random", type=int, metavar="SEED", help="print a random cell, as JSON")
-    parser.add_argument("--pt_darts", action="store_true", help="print the cell in pt.darts's notation, too")
+    parser.add_argument("--pt_darts", action="store_true", help="print pt.darts's notation, too")
     args = parser.parse_args(arguments)
     if args.pt_darts and args.cell is None:
         parser.error("--pt_darts is for a named cell, or one in a file")

@@ -170,6 +170,8 @@ class Cell(nn.Module):
         super().__init__()
         self.preprocess0 = preprocess(C_prev_prev, C, reduction_prev, affine=True)
         self.preprocess1 = preprocess(C_prev, C, False, affine=True)
+        if isinstance(nodes[0][0], str):                    # DARTS's flat list: two inputs a node
+            nodes = [nodes[k:k + 2] for k in range(0, len(nodes), 2)]
         self.nodes, self.concat, self.ops = nodes, concat, nn.ModuleList()
         for node in nodes:
             ops = [OPS[name](C, 2 if reduction and i < 2 else 1, affine=True) for name, i in node]

@@ -381,17 +381,19 @@ def test_drawing_needs_matplotlib_but_no_backend(kept, tmp_path, monkeypatch):
 
 def searched(seconds, *flags, **others):
     """The search.json of a search."""
-    return {**vars(search.parse([*flags])), "seconds": seconds, "device": "Tesla", "genotype": {}, **others}
+    found = {"seconds": seconds, "device": "Tesla", "genotype": {}}
+    return {**vars(search.parse([*flags])), **found, **others}
 
 
-def retrained(folder, source, error, *flags, genotype="runs/1/genotype.json"):
+def retrained(folder, source, error, *flags, genotype="runs/1/genotype.json", cell=None, **read):
     """A folder as retrain.py leaves it. error: None if it is not finished."""
     folder = Path(folder)
     folder.mkdir()
     args = retrain.parse([f"--genotype={genotype}", f"--out={folder}", *flags])
     write(folder / "config.json", json.dumps({**vars(args), "processes": 1, "search": source}))
+    write(folder / "genotype.json", json.dumps({"normal": cell}))
     if error is not None:
-        result = {"test_error": error, "parameters": 1_000_000 + round(100_000 * error)}
+        result = {"test_error": error, "parameters": 1_000_000 + round(100_000 * error), **read}
         write(folder / "result.json", json.dumps(result))
 
 
@@ -403,19 +405,11 @@ def printed(capsys, *arguments):
     return rows, out.strip().splitlines()[0], errors
 
 
-def test_tables_1_and_4(capsys):
-    for seed, error in ((0, 3.0), (1, 4.0), (2, 5.0)):
-        retrained(f"vs{seed}", searched(1800 * (seed + 2), *VS_DARTS), error, f"--seed={seed}")
-    for name, flags in {"darts": "--weight_decay 3e-4", "norm": "--node_norm",
-                        "trust": "--node_norm --larc --sqrt_beta --larc_trust 0.5",
-                        "clip": "--larc --larc_clip --weight_decay 0.1"}.items():
-        retrained(name, searched(36, *flags.split()), 9.0)
-    for method in ("es", "second_order", "r_darts", "perturbation"):
-        own = {"method": method, "window": len(method)}     # may differ between methods
-        retrained(method, searched(7200, "--weight_decay=3e-4", **own), 3.0)
-    for name, genotype in {"published": "P_DARTS", "lost": "DARTS/genotype.json",
-                           "random1": "cells/random1.json", "random2": "cells/random2.json"}.items():
-        retrained(name, None, 2.0, genotype=genotype)
+def test_a_row_has_the_mean_over_the_searches_of_a_method(capsys):
+    for seed, error in enumerate((3.0, 4.0, 5.0)):
+        retrained(f"vs{seed}", searched(1800 * (seed + 2), *VS_DARTS), error, cell=seed)
+    retrained("norm", searched(36, "--node_norm"), 9.0)
+    retrained("published", None, 2.0, genotype="P_DARTS")
     retrained("unfinished", None, None)
     Path("figures").mkdir()
     folders = sorted(map(str, Path().iterdir()))
@@ -423,33 +417,81 @@ def test_tables_1_and_4(capsys):
     assert errors == "unfinished is left out: it is not finished\n"
     assert above == ("Retrained on cifar10, all images, 600 epochs, 20 cells, 36 channels; searched on "
                      "cifar10, all images, space darts, 50 epochs, 8 cells, 16 channels")
-    assert list(rows)[2:6] == ["DARTS-L2", "DARTS-L2 + node norm", "DARTS-L2 + node norm + LARC", "VS-DARTS"]
+    assert list(rows)[2:] == ["DARTS-L2", "DARTS-L2 + node norm", "DARTS-L2 + node norm + LARC",
+                              "VS-DARTS", "P_DARTS"]
     assert rows["DARTS-L2"] == "| DARTS-L2 | 2.91 | - | - | - |"
-    assert rows["DARTS-L2 + node norm"].endswith("norm | 2.71 | 9.00 (9.00) | 1.900 | 0.01 h, Tesla |")
-    assert rows["VS-DARTS"] == "| VS-DARTS | 2.43 | 4.00 ± 1.00 (3.00 4.00 5.00) | 1.400 | 1.50 h, Tesla |"
-    for name in ("VS-DARTS, trust 0.5", "DARTS", "DARTS-L2 + LARC, weight decay 0.1, clip"):
-        assert rows[name].split(" | ")[1:3] == ["-", "9.00 (9.00)"]
-    assert rows["random (no search)"] == "| random (no search) | - | 2.00 ± 0.00 (2.00 2.00) | 1.200 | - |"
-    assert rows["DARTS (no search)"].split(" | ")[2] == "2.00 (2.00)"       # a folder's name is no method
+    assert rows["DARTS-L2 + node norm"].endswith("2.71 | 9.00 (9.00) | 1.900 | 0.01 h, Tesla |")
+    ours = "4.00 ± 1.00 (3.00 4.00 5.00) | 1.400 | 1.50 h, Tesla |"
+    assert rows["VS-DARTS"] == f"| VS-DARTS | 2.43 | {ours}"
     rows, _, _ = printed(capsys, "1", *folders)
-    assert rows["VS-DARTS (avg)"].endswith("| 4.00 ± 1.00 (3.00 4.00 5.00) | 1.400 | 1.50 h, Tesla |")
-    assert rows["VS-DARTS (best)"].endswith("| 3.38 | 2.43 | 0.4 | 3.00 (3.00) | 1.300 | 1.00 h, Tesla |")
+    assert rows["VS-DARTS (avg)"].endswith(ours)
+    assert rows["VS-DARTS (best)"].endswith("| 0.4 | 3.00 (3.00) | 1.300 | 1.00 h, Tesla |")
     assert rows["P-DARTS"] == "| P-DARTS | 3.4 | 2.50 | 0.2 | 2.00 (2.00) | 1.200 | - |"
-    for name in ("DARTS, second order", "R-DARTS", "DARTS+PT", "DARTS-ES"):
-        assert rows[name].endswith(" | 3.00 (3.00) | 1.300 | 2.00 h, Tesla |")
     assert rows["GDAS"] == "| GDAS | 3.4 | 2.93 | 0.2 | - | - | - |"
 
 
-@pytest.mark.parametrize("numbers, space, flags", [
-    ("14", "darts", "--dataset digits"), ("14", "darts", "--dataset cifar100"), ("14", "s2", ""),
-    ("14", "darts", "--limit 100"), ("14", "darts", "--image_size 16"), ("134", "s2", "--layers 8"),
-    ("3", "s2", "--dataset digits"), ("3", "darts", "")])
-def test_published_numbers_beside_their_like_only(capsys, numbers, space, flags):
-    retrained("run", searched(36, *VS_DARTS, f"--space={space}"), 3.0, *flags.split())
-    for table in numbers:
-        rows, _, _ = printed(capsys, table, "run")
-        dashes = " | ".join("-" * (3 if table == "1" else 1))
-        assert rows.pop("VS-DARTS") == f"| VS-DARTS | {dashes} | 3.00 (3.00) | 1.300 | 0.01 h, Tesla |"
+METHODS = """\
+DARTS, first order |  | --weight_decay=3e-4
+VS-DARTS, trust 0.5 |  | --node_norm --larc --sqrt_beta --larc_trust=0.5
+DARTS-L2 + LARC, weight decay 0.1, clip |  | --larc --larc_clip --weight_decay=0.1
+DARTS-ES | es | --weight_decay=3e-4
+DARTS, second order | second_order | --weight_decay=3e-4
+R-DARTS | r_darts | --weight_decay=3e-4
+DARTS+PT | perturbation | --weight_decay=3e-4
+"""                                                         # a row of Table 1 | program | flags
+
+
+@pytest.mark.parametrize("line", METHODS.splitlines())
+def test_a_row_is_of_a_method_and_says_what_differs_from_it(capsys, line):
+    name, own, flags = line.split(" | ")
+    retrained("run", searched(36, *flags.split(), method=own.strip(), window=5), 3.0)
+    retrained("ada", searched(36, method="ada", window=7), 4.0)             # a method's own flag
+    assert " 3.00 (3.00) " in printed(capsys, "1", "run", "ada")[0][name]
+
+
+def test_cells_that_differ_share_no_row(capsys):
+    for name, file, cell in zip("abcd", ("cri1", "cri2", "cri1", "cri1"), (1, 2, 1, 3)):
+        retrained(name, None, cell, genotype=file, cell=cell)
+    rows, _, _ = printed(capsys, "4", *"abcd")
+    assert [row for row in rows.values() if "no search" in row] == [
+        "| cri1 (no search) | - | 1.00 ± 0.00 (1.00 1.00) | 1.100 | - |",
+        "| cri1 (no search) * | - | 3.00 (3.00) | 1.300 | - |",
+        "| cri2 (no search) | - | 2.00 (2.00) | 1.200 | - |"]
+
+
+def test_a_run_counts_once(capsys):
+    retrained("run", searched(36, *VS_DARTS), 3.0)
+    Path("link").symlink_to("run")
+    shutil.copytree("run", "copy")
+    rows, _, errors = printed(capsys, "4", "run", "run/", "link", "copy")
+    assert " 3.00 (3.00) " in rows["VS-DARTS"]
+    assert errors.splitlines() == [f"{name} is left out: it is the same run as run"
+                                   for name in ("run", "link", "copy")]
+
+
+def test_runs_on_different_images_share_no_table():
+    retrained("old", searched(36), 3.0)                     # it does not say
+    retrained("few", searched(36, train_split="9 images"), 3.0, test_split="8 images")
+    retrained("many", searched(36, train_split="10 images"), 3.0)
+    retrained("test", searched(36), 3.0, test_split="7 images")
+    tables.main(["1", "old", "few"])
+    with pytest.raises(SystemExit, match="search's train_split 10 images in many, 9 images in few"):
+        tables.main(["1", "old", "few", "many"])
+    with pytest.raises(SystemExit, match="differ: test_split 7 images in test, 8 images in few"):
+        tables.main(["1", "old", "few", "test"])
+
+
+@pytest.mark.parametrize("case", [
+    "14 darts --dataset=digits", "14 darts --dataset=cifar100", "14 darts --limit=100",
+    "14 darts --image_size=16", "14 s2", "134 s2 --layers=8", "3 s2 --dataset=digits", "3 darts"])
+def test_published_numbers_beside_their_like_only(capsys, case):
+    numbers, space, *flags = case.split()
+    retrained("run", searched(36, *VS_DARTS, f"--space={space}"), 3.0, *flags)
+    for number in numbers:
+        rows, _, _ = printed(capsys, number, "run")
+        dashes = "- | - | -" if number == "1" else "-"
+        ours = "3.00 (3.00) | 1.300 | 0.01 h, Tesla"
+        assert rows.pop("VS-DARTS") == f"| VS-DARTS | {dashes} | {ours} |"
         assert rows.keys() - {"method", "---"} <= {"VS-DARTS (best)"}
 
 
@@ -461,13 +503,16 @@ def test_table_3(capsys):
     assert "| DARTS | 4.85 | - | - | - |" in lines and "| DARTS-ADA | 23.20 | - | - | - |" in lines
     assert "| VS-DARTS | 2.57 | 9.00 (9.00) | 1.900 | 0.01 h, Tesla |" in lines
     assert "| VS-DARTS | 20.69 | 20.00 (20.00) | 3.000 | 0.01 h, Tesla |" in lines
-    assert sum(line.startswith("Retrained") for line in lines) == 2 and len(lines) == 2 * (3 + 2 + 7)
+    assert sum(line.startswith("Retrained") for line in lines) == 2
+    assert len(lines) == 2 * (3 + 2 + 7)
 
 
 def test_table_2(monkeypatch, capsys):
-    monkeypatch.setattr(tables, "PUBLISHED", {name: PUBLISHED[name] for name in ("DARTS_V2", "DARTS_PT_3")})
+    two = {name: PUBLISHED[name] for name in ("DARTS_V2", "DARTS_PT_3")}
+    monkeypatch.setattr(tables, "PUBLISHED", two)
     rows, _, _ = printed(capsys, "2")
-    assert "| 3,349,342 (3.3) | 2.76 | 4,718,752 (4.7) | 529,911,552 (574) | 26.7 |" in rows["DARTS_V2"]
+    numbers = "3,349,342 (3.3) | 2.76 | 4,718,752 (4.7) | 529,911,552 (574) | 26.7"
+    assert numbers in rows["DARTS_V2"]
     assert " (3.33) | - | " in rows["DARTS_PT_3"] and len(rows) == 4
 
 
