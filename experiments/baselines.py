@@ -253,7 +253,7 @@ def train_briefly(args, folder, w_half, alpha_half):
 
 def part(folder, args, **flags):
     """The flags of a run within R-DARTS's own, which may have been started before."""
-    resume = str(folder) if (folder / "config.json").exists() else None
+    resume = str(folder) if (folder / "checkpoint.pt").exists() else None
     return argparse.Namespace(**{**vars(args), **flags, "out": str(folder), "resume": resume})
 
 

@@ -792,6 +792,23 @@ def test_an_infinite_loss_ends_es_in_one_line():
         baselines.main(["es", *small("--learning_rate=2e9", "--grad_clip=2e9", "--out=run")])
 
 
+def test_r_darts_is_not_started_anew_over_its_finished_parts(whole_runs):
+    """A run of other flags would mix its cells with theirs."""
+    _, arguments = whole_runs("r_darts")
+    stop(arguments, "search.weight_step", call=3)           # in the second search
+    with pytest.raises(SystemExit, match="--resume parts"):
+        baselines.main([*arguments, "--seed=3", "--out=parts"])
+    assert json.loads(Path("parts/config.json").read_text())["seed"] == 2
+
+
+def test_a_corrected_command_of_r_darts_corrects_the_flags_of_its_parts(whole_runs):
+    _, arguments = whole_runs("r_darts")
+    stop(arguments, "search.weight_step")                   # in the first search
+    stop([*arguments, "--seed=3"], "search.weight_step")
+    for config in ("parts/config.json", "parts/weight_decay-0.0003/config.json"):
+        assert json.loads(Path(config).read_text())["seed"] == 3
+
+
 # ---------------------------------------------------------------- the script of our runs
 
 ALL = "--node_norm --larc --sqrt_beta "
