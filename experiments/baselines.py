@@ -28,8 +28,9 @@ import search
 from data import make_batches
 from genotypes import SPACES, Genotype, load_genotype
 from larc import LARC, local_factors
-from run import (WORLD, Parser, Run, device_name, find_device, load_checkpoint, make_seed, means,
-                 metrics, number, parse_flags, read_json, say, start, to_bytes, write)
+from run import (WORLD, Parser, Run, check_facts, device_name, find_device,
+                 load_checkpoint, make_seed, means, metrics, number, parse_flags, read_json, say,
+                 start, to_bytes, write)
 
 
 # ---------------------------------------------------------------- second order (Eq. 2)
@@ -103,10 +104,8 @@ def virtual_step(w_optimizer, weights, grads):
         factors = local_factors(weights, list(grads), group["lr"], group["weight_decay"],
                                 group["trust_coefficient"], group["clip"])
     for w, g, f in zip(weights, grads, factors):
-        step = f * (g + group["weight_decay"] * w)
-        buffer = w_optimizer.state.get(w, {}).get("momentum_buffer")
-        if buffer is not None:
-            step = step + group["momentum"] * buffer
+        buffer = w_optimizer.state.get(w, {}).get("momentum_buffer", 0)     # none at first
+        step = group["momentum"] * buffer + f * (g + group["weight_decay"] * w)
         moved.append((w - group["lr"] * step).requires_grad_())
     return moved, factors
 
@@ -123,9 +122,8 @@ def es(args, run):
         record = search.train_epoch(parts, run.epoch)
         look_at_hessian(parts, record)
         search.end_epoch(parts, run, record)
-    back = alarm(run)
-    kept = back or run.epoch
-    said = "alarm" if back else "no alarm"
+    kept = alarm(run) or run.epoch
+    said = "no alarm" if kept == run.epoch else "alarm"
     say(f"{said} after {run.epoch} epochs: the cell is that after {kept}")
     finish(run, Genotype(**run.log[kept - 1]["genotype"]))
 
@@ -139,8 +137,7 @@ def look_at_hessian(parts, record, steps=15):
         grads = torch.autograd.grad(of, list(parts.net.alphas.values()), **options)
         return torch.cat([grad.flatten() for grad in grads])
 
-    started = time.monotonic()
-    batch = next(parts.validation.epoch(record["epoch"]))
+    started, batch = time.monotonic(), next(parts.validation.epoch(record["epoch"]))
     with torch.random.fork_rng(range(torch.cuda.device_count())):   # S4 draws noise
         loss = loss_at(parts.net, parts.net.weights, *batch)
     gradient = flat_gradient(loss, create_graph=True)
@@ -185,10 +182,11 @@ def ada(args, run):
         if run.epoch > 0:
             write(run.folder / f"checkpoint-{run.epoch}.pt", run.checkpoint.read_bytes())
         decay = parts.w_optimizer.param_groups[0]["weight_decay"]
-        back = alarm(run) if decay < args.max_decay else None
+        back = decay < args.max_decay and alarm(run)
         if back:
-            decay = go_back(run, back, decay)
-        elif run.epoch == args.epochs:
+            go_back(run, back, decay)
+            continue
+        if run.epoch == args.epochs:
             break
         record = search.train_epoch(parts, run.epoch)
         look_at_hessian(parts, record)
@@ -202,13 +200,12 @@ def go_back(run, epochs, decay):
     """Loads an earlier checkpoint, with more weight decay. Undone epochs get a log of their own."""
     decay = min(float(f"{10 * decay:g}"), run.args.max_decay)       # 0.03, not 0.02999...
     say(f"alarm after {run.epoch} epochs: back to {epochs}, with weight decay {decay:g}")
-    undone = map(json.dumps, run.log[epochs:])
-    write(run.folder / f"log-before-{decay:g}.jsonl", "\n".join(undone))
+    undone = "\n".join(map(json.dumps, run.log[epochs:]))
+    write(run.folder / f"log-before-{decay:g}.jsonl", undone)
     state = load_checkpoint(run.folder / f"checkpoint-{epochs}.pt")
     state["w_optimizer"]["param_groups"][0]["weight_decay"] = decay
     write(run.checkpoint, to_bytes(state))                  # a killed run now resumes there
     run.load()
-    return decay
 
 
 # ---------------------------------------------------------------- R-DARTS(L2)
@@ -223,7 +220,9 @@ def r_darts(args, run):
     run.begin({}, {"train_split": halves[0].name})
     for decay in (3e-4, 9e-4, 27e-4, 81e-4):                # the first of RobustDARTS's grid
         folder = run.folder / f"weight_decay-{decay:g}"
-        if not (folder / "genotype.json").exists():
+        if (folder / "genotype.json").exists():
+            check_facts(folder, read_json(folder / "search.json"), run.facts)
+        else:
             flags = part(folder, args, program="search.py", method=None, weight_decay=decay)
             search.search(flags, Run(flags, "genotype.json"))
         errors[folder] = train_briefly(args, folder, *halves)
@@ -266,13 +265,17 @@ def perturbation(args, run):
     The network is tuned in between.
     """
     rate = args.learning_rate / 10                          # constant, as in darts-pt
-    rates = {"learning_rate": rate, "learning_rate_min": rate}
-    parts = search.make_parts(argparse.Namespace(**{**vars(args), **rates}))
-    parts.net.load_state_dict(load_checkpoint(Path(args.search, "checkpoint.pt"))["net"])
+    parts = search.make_parts(argparse.Namespace(
+        **{**vars(args), "learning_rate": rate, "learning_rate_min": rate}))
     decisions, split = Decisions(parts.net), parts.w_batches.split
     states = {"net": parts.net, "w_optimizer": parts.w_optimizer,
               "alpha_optimizer": parts.alpha_optimizer, "decisions": decisions}
     run.begin(states, {"classes": split.classes, "train_split": split.name})
+    if run.epoch == 0:                                      # nothing is decided
+        path = Path(args.search, "checkpoint.pt")
+        searched = load_checkpoint(path)
+        check_facts(path, searched["facts"], run.facts)
+        parts.net.load_state_dict(searched["net"])
     order = decisions.order(args.seed)
     for turn in range(run.epoch, len(order)):
         started = time.monotonic()

@@ -809,6 +809,41 @@ def test_a_corrected_command_of_r_darts_corrects_the_flags_of_its_parts(whole_ru
         assert json.loads(Path(config).read_text())["seed"] == 3
 
 
+@pytest.fixture
+def other_images(monkeypatch):
+    """A function: from then on the digits are others."""
+    images, labels, classes = data.load_digits(True)
+    others = 255 - images, labels, classes
+    return lambda: monkeypatch.setattr(data, "load_digits", lambda train: others)
+
+
+def test_r_darts_goes_on_with_the_same_images_only(whole_runs, other_images):
+    stop(whole_runs("r_darts")[1], "search.weight_step", call=3)    # one search is finished
+    other_images()
+    with pytest.raises(SystemExit, match="weight_decay-0.0003.*: the train_split was 128 images"):
+        baselines.main(["r_darts", "--resume=parts"])
+
+
+def test_perturbation_decides_on_the_images_and_classes_of_its_search_only(
+        kept, other_images, monkeypatch):
+    command = ["perturbation", str(kept / "five"), "--out=new"]
+    other_images()
+    with pytest.raises(SystemExit, match="five/checkpoint.pt: the train_split was 128 images"):
+        baselines.main(command)
+    images, labels, _ = data.load_digits(True)
+    monkeypatch.setattr(data, "load_digits", lambda train: (images, labels, range(11)))
+    with pytest.raises(SystemExit, match=r"the classes differ \(10\)"):
+        baselines.main(command)
+
+
+def test_perturbation_needs_its_search_until_the_first_decision_is_saved(kept):
+    shutil.copytree(kept / "five", "five")
+    stop(["perturbation", "five", "--tune_epochs=0"], "run.Run.end_epoch")
+    shutil.rmtree("five")
+    baselines.main(["perturbation", "--resume=parts"])
+    assert Path("parts/genotype.json").exists()
+
+
 # ---------------------------------------------------------------- the script of our runs
 
 ALL = "--node_norm --larc --sqrt_beta "
