@@ -28,7 +28,7 @@ import search
 from data import make_batches
 from genotypes import SPACES, Genotype, load_genotype
 from larc import LARC, local_factors
-from run import (WORLD, Parser, Run, check_facts, device_name, find_device,
+from run import (WORLD, Parser, Run, check_facts, device_name, find_device, folder_name,
                  load_checkpoint, make_seed, means, metrics, number, parse_flags, read_json, say,
                  start, to_bytes, write)
 
@@ -435,7 +435,7 @@ def parse_perturbation(arguments, method):
         help="after each pair of decisions (darts-pt)")
     add("--data", help="default: the search's")
     add("--device", help="default: the search's")
-    add("--out", help="run folder (default: RUN-perturbation)")
+    add("--out", help="run folder (default: in runs/, named after RUN and --tune_epochs)")
     add("--resume", metavar="FOLDER", help="continue an interrupted run, with its flags")
     args = parse_flags(parser, arguments, lambda args: {})
     if args.resume is not None:
@@ -443,10 +443,14 @@ def parse_perturbation(arguments, method):
     folder = Path(vars(args).get("search", "RUN"))
     if not (folder / "genotype.json").exists():
         raise SystemExit(f"perturbation needs a finished run of search.py, and {folder} is none")
-    searched = search.parse(["--resume", args.search])
+    searched = vars(search.parse(["--resume", args.search]))
+    if searched["proxy"] is not None:
+        searched["proxy"] = str(folder / "proxy.json")      # the search's own copy
+    args = argparse.Namespace(**{**searched, **vars(args)})
+    words = [method, folder.as_posix().removeprefix("runs/")]
+    args.out = args.out or folder_name(words, args, parser, {*searched, "search"})
     args.search_seconds = read_json(folder / "search.json")["seconds"]
-    args.out = args.out or f"{folder}-perturbation"
-    return argparse.Namespace(**{**vars(searched), **vars(args)})
+    return args
 
 
 METHODS = {method.__name__: method for method in (second_order, es, ada, r_darts, perturbation)}
