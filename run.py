@@ -288,7 +288,7 @@ class Run:
                              f"another --out, or delete it")
         used = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
         begun = config.exists() and read_json(config).get("program") == self.args.program
-        if not resume and used and (self.checkpoint.exists() or not begun):
+        if not resume and used and (not begun or any(self.folder.rglob("checkpoint.pt"))):
             raise SystemExit(f"{self.folder} is in use: choose another --out, or --resume "
                              f"{self.folder} if it is a run")
         try:

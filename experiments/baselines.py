@@ -2,13 +2,13 @@
 
     python -m experiments.baselines second_order [search.py's flags]    DARTS of second order
     python -m experiments.baselines es [search.py's flags]              DARTS-ES: stops early
-    python -m experiments.baselines ada [search.py's flags]             DARTS-ADA: regularizes more instead
-    python -m experiments.baselines r_darts [search.py's flags]         R-DARTS(L2): four weight decays
-    python -m experiments.baselines perturbation RUN                    DARTS+PT, on a finished search
+    python -m experiments.baselines ada [search.py's flags]             DARTS-ADA: more weight decay
+    python -m experiments.baselines r_darts [search.py's flags]         R-DARTS(L2): four of them
+    python -m experiments.baselines perturbation RUN                    DARTS+PT, on a finished one
 
 Each has its own --help. Sources: quark0/darts f276dd3, cnn/architect.py; automl/RobustDARTS 3dec3fe
-and its paper (Zela et al., ICLR 2020), whose scripts take the second order where es, ada and r_darts
-take the first; ruocwang/darts-pt 4ec3149, sota/cnn/projection.py (Wang et al., ICLR 2021).
+and its paper (Zela et al., ICLR 2020), whose scripts take the second order where es, ada and
+r_darts take the first; ruocwang/darts-pt 4ec3149, sota/cnn/projection.py (Wang et al., ICLR 2021).
 """
 import argparse
 import functools
@@ -26,17 +26,21 @@ from torch.func import functional_call
 import retrain
 import search
 from data import make_batches
-from genotypes import SPACES, from_text, load_genotype
+from genotypes import SPACES, Genotype, load_genotype
 from larc import LARC, local_factors
-from run import (WORLD, Parser, Run, device_name, find_device, load_checkpoint, make_seed, means,
-                 metrics, number, parse_flags, read_json, say, start, to_bytes, write)
+from run import (WORLD, Parser, Run, check_facts, device_name, find_device, folder_name,
+                 load_checkpoint, make_seed, means, metrics, number, parse_flags, read_json, say,
+                 start, to_bytes, write)
 
 
 # ---------------------------------------------------------------- second order (Eq. 2)
 
-def second_order(arguments):
-    """DARTS of second order: alpha's gradient goes through a step of the weights (with --larc, LARC's)."""
-    args, run, parts = begin(arguments, "second_order")
+def second_order(args, run):
+    """DARTS of second order: alpha's gradient goes through a step of the weights.
+
+    With --larc the step is LARC's.
+    """
+    parts = begin(args, run)
     for epoch in range(run.epoch, args.epochs):
         record = search.train_epoch(parts, epoch, second_order_step)
         search.end_epoch(parts, run, record)
@@ -44,7 +48,7 @@ def second_order(arguments):
 
 
 def second_order_step(parts, alpha_batch, w_batch):
-    """Moves the alphas only: weights, running statistics and the weights' optimizer stay as they are."""
+    """Moves the alphas only: not weights, running statistics or the weights' optimizer."""
     gradient = second_order_gradient(parts.net, parts.w_optimizer, alpha_batch, w_batch)
     for alpha, grad in zip(parts.net.alphas.values(), gradient):
         alpha.grad = grad
@@ -52,30 +56,30 @@ def second_order_step(parts, alpha_batch, w_batch):
 
 
 def second_order_gradient(net, w_optimizer, alpha_batch, w_batch, epsilon=0.01):
-    """The gradient of L_val(w', alpha) in the alphas, w' being the weights after a step of their optimizer:
+    """The gradient of L_val(w', alpha) in the alphas, where w' is w after an optimizer's step:
 
         w' = w - xi (m + f (g + b w))
 
-    xi: learning rate; m: momentum times its buffer; g: gradient of L_train; b: weight decay; f: 1, or LARC's
-    factor of each tensor, taken as a constant. With v the gradient of L_val in the weights at w',
-    and w+- = w +- epsilon f v / |f v|, it is, by finite differences,
+    xi: learning rate; m: momentum times its buffer; g: gradient of L_train; b: weight decay;
+    f: 1, or LARC's factor of each tensor, taken as a constant. With v the gradient of L_val in the
+    weights at w', and w+- = w +- epsilon f v / |f v|, it is, by finite differences,
 
-        grad_alpha L_val(w') - xi |f v| (grad_alpha L_train(w+) - grad_alpha L_train(w-)) / 2 epsilon
+        grad_alpha L_val(w')
+            - xi |f v| (grad_alpha L_train(w+) - grad_alpha L_train(w-)) / 2 epsilon
     """
-    names = [name for name, _ in net.named_parameters() if not name.startswith("alphas.")]
-    alphas, xi = list(net.alphas.values()), w_optimizer.param_groups[0]["lr"]
-    seed, ws = torch.randint(2**62, ()).item(), net.weights
+    weights, alphas = net.weights, list(net.alphas.values())
+    xi, seed = w_optimizer.param_groups[0]["lr"], torch.randint(2**62, ()).item()
 
     def loss(weights, batch, noise):
         torch.manual_seed(noise)                            # S4's noise: one over w_batch
-        return loss_at(net, dict(zip(names, weights)), *batch)
+        return loss_at(net, weights, *batch)
 
     def alpha_gradient(sign):
-        weights = [w.detach() + sign * epsilon / length * d for w, d in zip(ws, fv)]
-        return torch.autograd.grad(loss(weights, w_batch, seed), alphas)
+        shifted = [w.detach() + sign * epsilon / length * d for w, d in zip(weights, fv)]
+        return torch.autograd.grad(loss(shifted, w_batch, seed), alphas)
 
-    g = torch.autograd.grad(loss(ws, w_batch, seed), ws)
-    moved, factors = virtual_step(net, w_optimizer, g)
+    g = torch.autograd.grad(loss(weights, w_batch, seed), weights)
+    moved, factors = virtual_step(w_optimizer, weights, g)
     gradients = torch.autograd.grad(loss(moved, alpha_batch, seed + 1), [*moved, *alphas])
     fv = [f * v for f, v in zip(factors, gradients)]
     direct = gradients[len(moved):]
@@ -84,50 +88,48 @@ def second_order_gradient(net, w_optimizer, alpha_batch, w_batch, epsilon=0.01):
     return [d - xi * length * (p - m) / (2 * epsilon) for d, p, m in zip(direct, plus, minus)]
 
 
-def loss_at(net, values, images, labels):
-    """The loss with other values of some parameters, {name: tensor}. Running statistics stay as they are."""
+def loss_at(net, weights, images, labels):
+    """The loss at other weights, in the order of net.weights. Leaves running statistics alone."""
+    names = [name for name, _ in net.named_parameters() if not name.startswith("alphas.")]
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    logits = functional_call(net, {**values, **buffers}, (images,))
+    logits = functional_call(net, dict(zip(names, weights)) | buffers, (images,))
     return F.cross_entropy(logits, labels)
 
 
 @torch.no_grad()
-def virtual_step(net, w_optimizer, grads):
-    """(w', f): a list of tensors each."""
+def virtual_step(w_optimizer, weights, grads):
+    """(w', f): a list of tensors each. The optimizer does not notice."""
     group, factors, moved = w_optimizer.param_groups[0], [1.0] * len(grads), []
-    weights = net.weights
     if isinstance(w_optimizer, LARC):
         factors = local_factors(weights, list(grads), group["lr"], group["weight_decay"],
                                 group["trust_coefficient"], group["clip"])
     for w, g, f in zip(weights, grads, factors):
-        step = f * (g + group["weight_decay"] * w)
-        buffer = w_optimizer.state.get(w, {}).get("momentum_buffer")
-        if buffer is not None:
-            step = step + group["momentum"] * buffer
+        buffer = w_optimizer.state.get(w, {}).get("momentum_buffer", 0)     # none at first
+        step = group["momentum"] * buffer + f * (g + group["weight_decay"] * w)
         moved.append((w - group["lr"] * step).requires_grad_())
     return moved, factors
 
 
-# ---------------------------------------------------------------- early stopping, adaptive regularization
+# ---------------------------------------------------------------- early stopping
 
-def es(arguments):
-    """DARTS-ES: stops once the largest eigenvalue of alpha's Hessian has grown, and keeps an earlier
-    cell.
+def es(args, run):
+    """DARTS-ES: stops once the largest eigenvalue of alpha's Hessian has grown.
+
+    It then keeps the cell of an earlier epoch.
     """
-    args, run, parts = begin(arguments, "es")
-    for epoch in range(run.epoch, args.epochs):
-        if alarm(run):                                      # asked here, so a resumed run asks, too
-            break
-        record = search.train_epoch(parts, epoch)
+    parts = begin(args, run)
+    while run.epoch < args.epochs and not alarm(run):
+        record = search.train_epoch(parts, run.epoch)
         look_at_hessian(parts, record)
         search.end_epoch(parts, run, record)
     kept = alarm(run) or run.epoch
-    say(f"{'' if alarm(run) else 'no '}alarm after {run.epoch} epochs: the cell is that after {kept}")
-    finish(run, from_text(json.dumps(run.log[kept - 1]["genotype"])))
+    said = "no alarm" if kept == run.epoch else "alarm"
+    say(f"{said} after {run.epoch} epochs: the cell is that after {kept}")
+    finish(run, Genotype(**run.log[kept - 1]["genotype"]))
 
 
 def look_at_hessian(parts, record, steps=15):
-    """Logs the largest eigenvalue of the loss's Hessian H in all alphas, on a batch of alpha's half.
+    """Logs the largest eigenvalue of the loss's Hessian H in all alphas, on a batch of their half.
 
     Lanczos: that of H in the span of v, Hv, HHv, ... The search goes on as if nobody had looked.
     """
@@ -135,10 +137,9 @@ def look_at_hessian(parts, record, steps=15):
         grads = torch.autograd.grad(of, list(parts.net.alphas.values()), **options)
         return torch.cat([grad.flatten() for grad in grads])
 
-    started = time.monotonic()
-    images, labels = next(parts.validation.epoch(record["epoch"]))
+    started, batch = time.monotonic(), next(parts.validation.epoch(record["epoch"]))
     with torch.random.fork_rng(range(torch.cuda.device_count())):   # S4 draws noise
-        loss = loss_at(parts.net, {}, images, labels)
+        loss = loss_at(parts.net, parts.net.weights, *batch)
     gradient = flat_gradient(loss, create_graph=True)
     v = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0)).to(gradient)
     basis, products = [], []
@@ -155,8 +156,10 @@ def look_at_hessian(parts, record, steps=15):
 
 
 def alarm(run):
-    """The number of epochs to go back to, or None. An alarm: the eigenvalue's moving average --window
-    epochs ago is less than --ratio of today's (Zela et al.).
+    """The number of epochs to go back to, or None.
+
+    An alarm: the eigenvalue's moving average of --window epochs ago is less than --ratio of
+    today's (Zela et al.).
     """
     def average(epochs):
         return fmean(record["eigenvalue"] for record in run.log[max(0, epochs - window):epochs])
@@ -167,19 +170,23 @@ def alarm(run):
     return today - window if average(today - window) < run.args.ratio * average(today) else None
 
 
-def ada(arguments):
+# ---------------------------------------------------------------- adaptive regularization
+
+def ada(args, run):
     """DARTS-ADA: where ES would stop, the search goes back as far, with ten times the weight decay.
-    Until the end all checkpoints are kept, as alarms may go back to ever earlier ones.
+
+    It keeps every checkpoint until the end, as alarms may go back to ever earlier ones.
     """
-    args, run, parts = begin(arguments, "ada")
+    parts = begin(args, run)
     while True:
         if run.epoch > 0:
             write(run.folder / f"checkpoint-{run.epoch}.pt", run.checkpoint.read_bytes())
         decay = parts.w_optimizer.param_groups[0]["weight_decay"]
-        back = alarm(run) if decay < args.max_decay else None
+        back = decay < args.max_decay and alarm(run)
         if back:
-            decay = go_back(run, back, decay)
-        elif run.epoch == args.epochs:
+            go_back(run, back, decay)
+            continue
+        if run.epoch == args.epochs:
             break
         record = search.train_epoch(parts, run.epoch)
         look_at_hessian(parts, record)
@@ -190,88 +197,89 @@ def ada(arguments):
 
 
 def go_back(run, epochs, decay):
-    """Loads an earlier checkpoint, with more weight decay. The undone epochs get a log of their own."""
+    """Loads an earlier checkpoint, with more weight decay. Undone epochs get a log of their own."""
     decay = min(float(f"{10 * decay:g}"), run.args.max_decay)       # 0.03, not 0.02999...
     say(f"alarm after {run.epoch} epochs: back to {epochs}, with weight decay {decay:g}")
-    undone = [json.dumps(record) for record in run.log[epochs:]]
-    write(run.folder / f"log-before-{decay:g}.jsonl", "\n".join(undone))
+    undone = "\n".join(map(json.dumps, run.log[epochs:]))
+    write(run.folder / f"log-before-{decay:g}.jsonl", undone)
     state = load_checkpoint(run.folder / f"checkpoint-{epochs}.pt")
-    for group in state["w_optimizer"]["param_groups"]:
-        group["weight_decay"] = decay
-    write(run.checkpoint, to_bytes(state))                  # from here on a killed run resumes there
+    state["w_optimizer"]["param_groups"][0]["weight_decay"] = decay
+    write(run.checkpoint, to_bytes(state))                  # a killed run now resumes there
     run.load()
-    return decay
 
 
 # ---------------------------------------------------------------- R-DARTS(L2)
 
-def r_darts(arguments):
-    """R-DARTS(L2): four searches, with weight decay 3, 9, 27 and 81e-4. Each cell is trained briefly
-    on the half for w, and the one that is best on the half for alpha is kept.
+def r_darts(args, run):
+    """R-DARTS(L2): four searches, with weight decay 3, 9, 27 and 81e-4.
+
+    Each cell is trained briefly on the half for w; the best on the half for alpha is kept.
     """
-    args = search.parse(arguments, make_parser("r_darts"), "r_darts")
-    if args.weight_decay != 3e-4:
-        raise SystemExit("r_darts takes no --weight_decay: it tries 3e-4, 9e-4, 27e-4 and 81e-4")
-    run, device = Run(args, "genotype.json"), find_device(args.device)
-    w_half, _ = search.read_halves(args, device)
-    run.begin({}, {"train_split": w_half.name})
+    device, errors = find_device(args.device), {}
+    halves = search.read_halves(args, device)
+    run.begin({}, {"train_split": halves[0].name})
     for decay in (3e-4, 9e-4, 27e-4, 81e-4):                # the first of RobustDARTS's grid
         folder = run.folder / f"weight_decay-{decay:g}"
-        if not (folder / "genotype.json").exists():
+        if (folder / "genotype.json").exists():
+            check_facts(folder, read_json(folder / "search.json"), run.facts)
+        else:
             flags = part(folder, args, program="search.py", method=None, weight_decay=decay)
             search.search(flags, Run(flags, "genotype.json"))
-        error = train_briefly(args, folder)
-        say(f"weight decay {decay:g}: validation error {error:.2f}%")
-        run.log.append({"folder": folder, "error": error, "device": device_name(device)})
-    best = min(run.log, key=lambda record: record["error"])["folder"]       # ties: the smaller decay
+        errors[folder] = train_briefly(args, folder, *halves)
+        say(f"weight decay {decay:g}: validation error {errors[folder]:.2f}%")
+    run.log.append({"device": device_name(device)})
+    best = min(errors, key=errors.get)                      # ties: the smaller decay
     finish(run, load_genotype(best / "genotype.json"))
 
 
-def train_briefly(args, folder):
-    """The error in percent on the half for alpha, of the folder's cell trained on the half for w."""
-    def read_halves(flags, device):
-        w_half, alpha_half = search.read_halves(args, device)
+def train_briefly(args, folder, w_half, alpha_half):
+    """The error in percent on the half for alpha of the folder's cell, trained on that for w."""
+    def batches(flags, device):
         seed = make_seed(args.seed, "brief")
         train = make_batches(w_half, flags.batch_size, seed, flags.cutout_length)
         return train, make_batches(alpha_half, flags.batch_size, train=False)
 
     trained, genotype = folder / "trained", str(folder / "genotype.json")
     if not (trained / "result.json").exists():
-        size = [] if args.image_size is None else ["--image_size", str(args.image_size)]
+        size = [] if args.image_size is None else [f"--image_size={args.image_size}"]
         flags = retrain.parse(["--genotype", genotype, "--dataset", args.dataset, *size])
         flags = part(trained, flags, epochs=args.train_epochs, layers=args.train_layers,
                      auxiliary_weight=0.0, init_channels=args.train_channels, seed=args.seed,
                      limit=args.limit, amp=args.amp, data=args.data, device=args.device)
-        run = Run(flags, "result.json")
-        retrain.train(load_genotype(genotype), flags, run, read_halves)
+        retrain.train(load_genotype(genotype), flags, Run(flags, "result.json"), batches)
     return read_json(trained / "result.json")["test_error"]
 
 
 def part(folder, args, **flags):
     """The flags of a run within R-DARTS's own, which may have been started before."""
-    resume = str(folder) if (folder / "config.json").exists() else None
+    resume = str(folder) if (folder / "checkpoint.pt").exists() else None
     return argparse.Namespace(**{**vars(args), **flags, "out": str(folder), "resume": resume})
 
 
 # ---------------------------------------------------------------- DARTS+PT
 
-def perturbation(arguments):
-    """DARTS+PT: decides a finished search's edges one by one, each for the operation without which
-    accuracy falls most (in the full space not for `none`), then the two edges of each node; tunes in
-    between.
+def perturbation(args, run):
+    """DARTS+PT: decides a finished search's edges one by one, then the two edges of each node.
+
+    An edge keeps the operation without which accuracy falls most (in the full space never `none`).
+    The network is tuned in between.
     """
-    args = parse_perturbation(arguments)
-    run, rate = Run(args, "genotype.json"), args.learning_rate / 10     # constant, as in darts-pt
-    rates = {"learning_rate": rate, "learning_rate_min": rate}
-    parts = search.make_parts(argparse.Namespace(**{**vars(args), **rates}))
-    parts.net.load_state_dict(load_checkpoint(Path(args.search, "checkpoint.pt"))["net"])
+    rate = args.learning_rate / 10                          # constant, as in darts-pt
+    parts = search.make_parts(argparse.Namespace(
+        **{**vars(args), "learning_rate": rate, "learning_rate_min": rate}))
     decisions, split = Decisions(parts.net), parts.w_batches.split
-    states = {name: getattr(parts, name) for name in ("net", "w_optimizer", "alpha_optimizer")}
-    run.begin({**states, "decisions": decisions},
-              {"classes": split.classes, "train_split": split.name})
+    states = {"net": parts.net, "w_optimizer": parts.w_optimizer,
+              "alpha_optimizer": parts.alpha_optimizer, "decisions": decisions}
+    run.begin(states, {"classes": split.classes, "train_split": split.name})
+    if run.epoch == 0:                                      # nothing is decided
+        path = Path(args.search, "checkpoint.pt")
+        searched = load_checkpoint(path)
+        check_facts(path, searched["facts"], run.facts)
+        parts.net.load_state_dict(searched["net"])
     order = decisions.order(args.seed)
     for turn in range(run.epoch, len(order)):
-        started, (cell_type, decide, what) = time.monotonic(), order[turn]
+        started = time.monotonic()
+        cell_type, decide, what = order[turn]
         torch.manual_seed(make_seed(args.seed, "decision", turn))       # S4 draws noise
         accuracy = functools.partial(accuracy_without, parts, decisions, turn)
         record = {"decision": turn, "cell": cell_type, **decide(cell_type, what, accuracy)}
@@ -280,15 +288,17 @@ def perturbation(arguments):
             first = turn // 2 * args.tune_epochs
             for epoch in range(first, first + args.tune_epochs):
                 record["train_loss"] = search.train_epoch(parts, epoch)["train_loss"]
-        record |= {"seconds": time.monotonic() - started,
-                   "device": device_name(find_device(args.device))}
-        run.end_epoch(record)
+        record["device"] = device_name(find_device(args.device))
+        run.end_epoch({**record, "seconds": time.monotonic() - started})
     finish(run, decisions.genotype(), args.search_seconds)
 
 
 @torch.no_grad()
 def accuracy_without(parts, decisions, turn, removed):
-    """Accuracy in percent on alpha's half with `removed` at 0; normalized by batch, as in darts-pt."""
+    """Accuracy in percent on alpha's half with `removed` at 0.
+
+    In training mode: normalized by batch, as in darts-pt.
+    """
     parts.net.train()
     decisions.removed, totals = removed, 0
     for images, labels in parts.validation.epoch(turn):
@@ -299,8 +309,10 @@ def accuracy_without(parts, decisions, turn, removed):
 
 
 class Decisions(torch.nn.Module):
-    """What is decided of each edge: NaN (nothing yet), or weights that take the place of beta, 0 for
-    an edge taken out. removed: what is tried at 0, as (cell type, row of its edge, operation).
+    """What is decided of each edge, by cell type: (edges, operations).
+
+    NaN: nothing yet. Else weights that take the place of beta, all 0 for an edge taken out.
+    removed: what is tried at 0, as (cell type, row of its edge, operation).
     """
 
     def __init__(self, net):
@@ -320,7 +332,10 @@ class Decisions(torch.nn.Module):
         return s0, s1, beta
 
     def order(self, seed):
-        """[(cell type, method, edge or node)]: cells in turn; all edges, then all nodes; at random."""
+        """[(cell type, method, edge or node)]: cells in turn; all edges, then all nodes.
+
+        The order of edges and of nodes is random.
+        """
         turns = {cell_type: [] for cell_type in self.space}
         for cell_type, edges in self.space.items():
             nodes = sorted({j for _, j in edges if j > 2})  # those of more than two inputs
@@ -340,7 +355,10 @@ class Decisions(torch.nn.Module):
         return {"edge": edge, "kept": kept, "accuracies": accuracies}
 
     def decide_inputs(self, cell_type, node, accuracy):
-        """Takes edges out until a node has two: that without which accuracy is highest; ties: the last."""
+        """Takes edges out until a node has two, each time that without which accuracy is highest.
+
+        Ties: the last.
+        """
         rows = {i: row for row, (i, j) in enumerate(self.space[cell_type]) if j == node}
         tried = []
         while len(rows) > 2:
@@ -350,7 +368,7 @@ class Decisions(torch.nn.Module):
         return {"node": node, "kept": list(rows), "accuracies": tried}
 
     def genotype(self):
-        """The cell, when all is decided. Where `none` was kept, the next operation takes its edge."""
+        """The cell, when all is decided. Where `none` was kept, the next operation stays."""
         betas = {cell_type: fixed + fixed.sum(1, keepdim=True) / 2
                  for cell_type, fixed in self.named_buffers()}
         return search.derive(self.space, betas)
@@ -358,15 +376,11 @@ class Decisions(torch.nn.Module):
 
 # ---------------------------------------------------------------- the commands
 
-def begin(arguments, method):
-    """(flags, run, parts) of a method that is a search of its own."""
-    args = search.parse(arguments, make_parser(method), method)
-    if method == "ada" and not 0 < args.weight_decay < args.max_decay:
-        raise SystemExit(f"--weight_decay must be above 0 and below --max_decay "
-                         f"{args.max_decay:g}, to grow")
-    run, parts = Run(args, "genotype.json"), search.make_parts(args)
+def begin(args, run):
+    """The parts of a method that is a search of its own."""
+    parts = search.make_parts(args)
     search.begin(parts, run)
-    return args, run, parts
+    return parts
 
 
 def finish(run, genotype, seconds=0):
@@ -400,17 +414,28 @@ def make_parser(method):
     return parser
 
 
-def parse_perturbation(arguments):
+def parse(arguments, method):
+    args = search.parse(arguments, make_parser(method), method)
+    if method == "ada" and not 0 < args.weight_decay < args.max_decay:
+        raise SystemExit(f"--weight_decay must be above 0 and below --max_decay "
+                         f"{args.max_decay:g}, to grow")
+    if method == "r_darts" and args.weight_decay != 3e-4:
+        raise SystemExit("r_darts takes no --weight_decay: it tries 3e-4, 9e-4, 27e-4 and 81e-4")
+    return args
+
+
+def parse_perturbation(arguments, method):
     """The flags, and those of the search; what is not given is the search's, too."""
-    parser = Parser("experiments.baselines perturbation", description=inspect.getdoc(perturbation),
+    parser = Parser(f"experiments.baselines {method}", description=inspect.getdoc(perturbation),
                     argument_default=argparse.SUPPRESS)
-    parser.set_defaults(method="perturbation", out=None, resume=None)
+    parser.set_defaults(method=method, out=None, resume=None)
     add = parser.add_argument
     add("search", metavar="RUN", nargs="?", help="folder of a finished run of search.py")
-    add("--tune_epochs", type=number(int, 0), default=5, help="after each pair of decisions (darts-pt)")
+    add("--tune_epochs", type=number(int, 0), default=5,
+        help="after each pair of decisions (darts-pt)")
     add("--data", help="default: the search's")
     add("--device", help="default: the search's")
-    add("--out", help="run folder (default: RUN-perturbation)")
+    add("--out", help="run folder (default: in runs/, named after RUN and --tune_epochs)")
     add("--resume", metavar="FOLDER", help="continue an interrupted run, with its flags")
     args = parse_flags(parser, arguments, lambda args: {})
     if args.resume is not None:
@@ -418,10 +443,14 @@ def parse_perturbation(arguments):
     folder = Path(vars(args).get("search", "RUN"))
     if not (folder / "genotype.json").exists():
         raise SystemExit(f"perturbation needs a finished run of search.py, and {folder} is none")
-    searched = search.parse(["--resume", args.search])
+    searched = vars(search.parse(["--resume", args.search]))
+    if searched["proxy"] is not None:
+        searched["proxy"] = str(folder / "proxy.json")      # the search's own copy
+    args = argparse.Namespace(**{**searched, **vars(args)})
+    words = [method, folder.as_posix().removeprefix("runs/")]
+    args.out = args.out or folder_name(words, args, parser, {*searched, "search"})
     args.search_seconds = read_json(folder / "search.json")["seconds"]
-    args.out = args.out or f"{folder}-perturbation"
-    return argparse.Namespace(**{**vars(searched), **vars(args)})
+    return args
 
 
 METHODS = {method.__name__: method for method in (second_order, es, ada, r_darts, perturbation)}
@@ -430,11 +459,13 @@ METHODS = {method.__name__: method for method in (second_order, es, ada, r_darts
 def main(arguments):
     if arguments[:1] in ([], ["-h"], ["--help"]):
         return print(__doc__)
-    if arguments[0] not in METHODS:
-        raise SystemExit(f"there is no method {arguments[0]}: choose one of {', '.join(METHODS)}")
+    method, *flags = arguments
+    if method not in METHODS:
+        raise SystemExit(f"there is no method {method}: choose one of {', '.join(METHODS)}")
     if WORLD > 1:
         raise SystemExit("baselines run in one process: start them without torchrun")
-    METHODS[arguments[0]](arguments[1:])
+    args = (parse_perturbation if method == "perturbation" else parse)(flags, method)
+    METHODS[method](args, Run(args, "genotype.json"))
 
 
 if __name__ == "__main__":

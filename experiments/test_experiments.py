@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import pkgutil
 import re
 import shutil
 import sys
@@ -23,7 +24,7 @@ import data
 import model
 import retrain
 import search
-from experiments import baselines, figures, tables
+from experiments import baselines, figures, nasbench201, tables
 from genotypes import DARTS_PRIMITIVES, EDGES, PUBLISHED, SPACES, load_genotype, to_json
 from model import SuperNet, mixing_weights
 from run import Run, make_seed, write
@@ -86,18 +87,23 @@ def read(folder):
     return figures.read_search(str(folder), figures.parse(["3", str(folder)]))[1]
 
 
-def read_log(path, without=()):
-    records = map(json.loads, Path(path).read_text().splitlines())
-    return [{key: value for key, value in record.items() if key not in without} for record in records]
+def read_log(path):
+    return [*map(json.loads, Path(path).read_text().splitlines())]
+
+
+def without_clock(value):
+    """The same without what the clock measured, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_clock(part) for key, part in value.items()
+                if key not in ("seconds", "images_per_second")}
+    return [*map(without_clock, value)] if isinstance(value, (list, tuple)) else value
 
 
 def contents(folder):
-    """{name: content} of all logs, but for what the clock measured, checkpoints and cells in a folder."""
-    log = functools.partial(read_log, without=("seconds", "images/s"))
-    found = {}
-    for pattern, read in (("log*.jsonl", log), ("*.pt", torch.load), ("genotype.json", Path.read_text)):
-        found |= {str(path.relative_to(folder)): read(path) for path in Path(folder).rglob(pattern)}
-    return found
+    """{name: content} of all logs, checkpoints and cells in a folder, without the clock's numbers."""
+    readers = {"log*.jsonl": read_log, "*.pt": torch.load, "genotype.json": Path.read_text}
+    return {str(path.relative_to(folder)): without_clock(read(path))
+            for pattern, read in readers.items() for path in Path(folder).rglob(pattern)}
 
 
 def slow_walk(net, images, weights=None):
@@ -518,63 +524,102 @@ def test_table_2(monkeypatch, capsys):
 
 # ---------------------------------------------------------------- baselines
 
-@pytest.mark.parametrize("flags", [[], ["--larc"], ["--larc", "--larc_clip", "--larc_trust=0.02"]])
+def step_by_hand(net, optimizer, args, loss):
+    """{name: weight} after a step of momentum SGD or LARC, differentiable in the alphas."""
+    named = [pair for pair in net.named_parameters() if "alphas" not in pair[0]]
+    grads, moved = torch.autograd.grad(loss, net.weights, create_graph=True), {}
+    for (name, w), g in zip(named, grads):
+        ratio = (args.larc_trust * w.norm() / (g.norm() + 5e-3 * w.norm() + 1e-8)).detach()
+        factor = min(ratio / 0.1, 1) if args.larc_clip else ratio
+        step = (factor if args.larc else 1) * (g + 5e-3 * w)
+        moved[name] = w - 0.1 * (0.9 * optimizer.state[w]["momentum_buffer"] + step)
+    return moved
+
+
+@pytest.mark.parametrize("flags", ["", "--larc", "--larc --larc_clip --larc_trust=0.02"])
 def test_second_order_equals_double_backward(monkeypatch, flags):
-    """Against the derivative through the step. Kinks would hide that the error falls as epsilon squared."""
+    """Its error falls as epsilon squared, which the kinks of ReLU would hide."""
     monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.softplus(x))
     net, images, labels = tiny_net("s2")
-    args = search.parse(["--learning_rate=0.1", *flags])
+    args = search.parse(["--learning_rate=0.1", *flags.split()])
     optimizer, _, _ = search.make_optimizers(net, args)
-    search.weight_step(net, optimizer, images, labels, 5.0)                 # so that there is momentum
-    valid = torch.randn_like(images), torch.randint(10, labels.shape)
-    names = {id(parameter): name for name, parameter in net.named_parameters()}
-    alphas, moved = list(net.alphas.values()), {}
-    loss = F.cross_entropy(net(images), labels)
-    for w, g in zip(net.weights, torch.autograd.grad(loss, net.weights, create_graph=True)):
-        ratio = (args.larc_trust * w.norm() / (g.norm() + 5e-3 * w.norm() + 1e-8)).detach()
-        factor = 1 if not args.larc else min(ratio / 0.1, 1) if args.larc_clip else ratio
-        momentum = 0.9 * optimizer.state[w]["momentum_buffer"]
-        moved[names[id(w)]] = w - 0.1 * (momentum + factor * (g + 5e-3 * w))
-    exact = torch.autograd.grad(F.cross_entropy(functional_call(net, moved, valid[:1]), valid[1]), alphas)
+    search.weight_step(net, optimizer, images, labels, 5.0)     # so that there is momentum
+    valid = torch.randn_like(images)
+    moved = step_by_hand(net, optimizer, args, F.cross_entropy(net(images), labels))
+    loss = F.cross_entropy(functional_call(net, moved, valid), labels)
+    exact = torch.cat(torch.autograd.grad(loss, [*net.alphas.values()]))
 
-    def error(found):
-        return max((a - b).abs().max() for a, b in zip(found, exact))
-    gradient = functools.partial(baselines.second_order_gradient, net, optimizer, valid, (images, labels))
-    coarse, fine = error(gradient(epsilon=1e-2)), error(gradient(epsilon=1e-3))
-    assert fine < 1e-3 * max(a.abs().max() for a in exact) and 90 < coarse / fine < 110
-    first_order = torch.autograd.grad(F.cross_entropy(net(valid[0]), valid[1]), alphas)
-    assert error(first_order) > 100 * fine
+    def error(epsilon):
+        batches = (valid, labels), (images, labels)
+        found = baselines.second_order_gradient(net, optimizer, *batches, epsilon)
+        return (torch.cat(found) - exact).abs().max()
+    assert error(1e-3) < 1e-3 * exact.abs().max() and 90 < error(1e-2) / error(1e-3) < 110
 
 
-def test_the_second_order_step_moves_alphas_only(monkeypatch):
-    """In S4: all passes over the training batch see one noise, and the validation batch another."""
-    net, *w_batch = tiny_net("s4")
-    drawn, forward = [], model.Noise.forward
-    monkeypatch.setattr(model.Noise, "forward", lambda self, x: drawn.append(forward(self, x)) or drawn[-1])
-    parts = SimpleNamespace(net=net)
-    parts.w_optimizer, parts.alpha_optimizer, _ = search.make_optimizers(net, search.parse([]))
-    search.weight_step(net, parts.w_optimizer, *w_batch, 5.0)
-    before = copy.deepcopy([net.state_dict(), parts.w_optimizer.state_dict()])
-    drawn.clear()
-    baselines.second_order_step(parts, w_batch, w_batch)
-    net.eval()(w_batch[0])                                  # as the pass that follows
-    w, moved, plus, minus, then = (drawn[k:k + 42] for k in range(0, 5 * 42, 42))
-    assert len(drawn) == 5 * 42 and tensors_equal(w, plus) and tensors_equal(plus, minus)
-    assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations((w, moved, then), 2))
-    after = [net.state_dict(), parts.w_optimizer.state_dict()]
-    for cell_type in CELL_TYPES:
-        assert not torch.equal(*(state[0].pop(f"alphas.{cell_type}") for state in (before, after)))
+def test_the_second_order_step_moves_alphas_only_and_draws_one_noise_for_each_batch(monkeypatch):
+    net, *batch = tiny_net("s4")
+    optimizers, seeds, seed = search.make_optimizers(net, search.parse([])), [], torch.manual_seed
+    search.weight_step(net, optimizers[0], *batch, 5.0)
+    before = copy.deepcopy([net.state_dict(), optimizers[0].state_dict()])
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    parts = SimpleNamespace(net=net, w_optimizer=optimizers[0], alpha_optimizer=optimizers[1])
+    baselines.second_order_step(parts, batch, batch)
+    w, moved, plus, minus = seeds
+    assert w == plus == minus != moved
+    after = [net.state_dict(), optimizers[0].state_dict()]
+    for name in ("alphas.normal", "alphas.reduce"):
+        assert not torch.equal(before[0].pop(name), after[0].pop(name))
     assert tensors_equal(before, after)
 
 
 def test_second_order_gets_both_batches_of_its_step(monkeypatch):
     given = []
-    monkeypatch.setattr(baselines, "second_order_gradient", lambda net, w_optimizer, *batches:
-                        given.append(batches) or [0 * alpha.detach() for alpha in net.alphas.values()])
+    monkeypatch.setattr(baselines, "second_order_step", lambda *args: given.append(args))
     baselines.main(["second_order", *small("--epochs=1", "--out=run")])
-    halves = search.read_halves(search.parse(small()), torch.device("cpu"))
-    w, alpha = (data.Batches(half, 32, make_seed(2, name)) for half, name in zip(halves, ("w", "alpha")))
-    assert tensors_equal(given, list(zip(alpha.epoch(0), w.epoch(0))))
+    parts = given[0][0]
+    expected = zip(parts.alpha_batches.epoch(0), parts.w_batches.epoch(0))
+    assert tensors_equal([batches for _, *batches in given], [*expected])
+
+
+def test_eigenvalue_equals_that_of_the_full_hessian():
+    net, *batch = tiny_net("five")
+    record, validation = {"epoch": 0, "seconds": 1}, SimpleNamespace(epoch=lambda _: iter([batch]))
+    baselines.look_at_hessian(SimpleNamespace(net=net, validation=validation), record)
+
+    def loss(alphas):
+        normal, reduce = alphas.view(2, 5, 3)
+        values = {"alphas.normal": normal, "alphas.reduce": reduce}
+        return F.cross_entropy(functional_call(net, values, batch[0]), batch[1])
+    alphas = torch.cat([alpha.detach().flatten() for alpha in net.alphas.values()])
+    largest = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, alphas))[-1]
+    assert record["eigenvalue"] == pytest.approx(largest.item(), rel=1e-9)
+    assert record["seconds"] > 1
+
+
+def test_a_look_at_the_hessian_changes_nothing_of_the_search():
+    """In S4, where every forward pass draws noise."""
+    flags = small("--epochs=2", "--space=s4", "--weight_decay=3e-4")
+    search.main([*flags, "--out=plain"])
+    baselines.main(["es", *flags, "--out=es"])
+    plain, es = torch.load("plain/checkpoint.pt"), torch.load("es/checkpoint.pt")
+    assert all(math.isfinite(record.pop("eigenvalue")) for record in es["log"])
+    assert tensors_equal(without_clock(plain), without_clock(es))
+
+
+def alarms(values, window, ratio, first):
+    """alarm() after 0, 1, ... epochs."""
+    args = SimpleNamespace(window=window, ratio=ratio, first=first)
+    log = [{"eigenvalue": value} for value in values]
+    return [baselines.alarm(SimpleNamespace(args=args, log=log[:epochs]))
+            for epochs in range(len(log) + 1)]
+
+
+def test_alarm_on_made_up_eigenvalues():
+    values = [1, 1, 1, 1, 2, 4, 8]                          # averages of two: 1, 1, 1, 1, 1.5, 3, 6
+    assert alarms(values, 2, 0.75, first=3) == [None] * 5 + [3, 4, 5]
+    assert alarms(values, 2, 0.75, first=7) == [None] * 7 + [5]
+    assert alarms([1, 100, 100], 2, 0.75, first=1) == [None] * 3 + [1]      # there is no epoch 0
+    assert alarms([1] * 20, 5, 0.75, first=10) == [None] * 21
 
 
 @pytest.fixture
@@ -584,73 +629,36 @@ def rising(monkeypatch):
                         lambda parts, record: record.update(eigenvalue=record["lr"] ** -2))
 
 
-def test_eigenvalue_equals_that_of_the_full_hessian():
-    net, images, labels = tiny_net("five")
-    state, record = copy.deepcopy(net.state_dict()), {"epoch": 0, "seconds": 1.0}
-    validation = SimpleNamespace(epoch=lambda epoch: iter([(images, labels)]))
-    baselines.look_at_hessian(SimpleNamespace(net=net, validation=validation), record)
-    assert tensors_equal(state, net.state_dict()) and record["seconds"] > 1
-
-    def loss(alphas):
-        values = {"alphas.normal": alphas[:15].view(5, 3), "alphas.reduce": alphas[15:].view(5, 3)}
-        return F.cross_entropy(functional_call(net, values, (images,)), labels)
-    alphas = torch.cat([alpha.detach().flatten() for alpha in net.alphas.values()])
-    largest = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, alphas))[-1]
-    assert record["eigenvalue"] == pytest.approx(largest.item(), rel=1e-9)
-
-
-def test_a_look_at_the_hessian_changes_nothing_of_the_search():
-    """In S4, where every forward pass draws noise."""
-    flags = small("--epochs=2", "--space=s4", "--weight_decay=3e-4")
-    search.main([*flags, "--out=plain"])
-    baselines.main(["es", *flags, "--out=es"])
-    plain, es = contents("plain"), contents("es")
-    assert all(math.isfinite(record.pop("eigenvalue")) for record in es["log.jsonl"])
-    assert tensors_equal(plain, es)
-
-
-def alarms(values, window, ratio, first):
-    """alarm() after 0, 1, ... epochs."""
-    args, log = SimpleNamespace(window=window, ratio=ratio, first=first), [{"eigenvalue": v} for v in values]
-    return [baselines.alarm(SimpleNamespace(args=args, log=log[:epochs])) for epochs in range(len(log) + 1)]
-
-
-def test_alarm_on_made_up_eigenvalues():
-    values = [1, 1, 1, 1, 2, 4, 8]                          # averages of two: 1, 1, 1, 1, 1.5, 3, 6
-    assert alarms(values, 2, 0.75, first=3) == [None, None, None, None, None, 3, 4, 5]
-    assert alarms(values, 2, 0.75, first=7) == [None, None, None, None, None, None, None, 5]
-    assert alarms([1, 100, 100], 2, 0.75, first=1) == [None, None, None, 1]     # there is no epoch 0
-    assert alarms(20 * [1], 5, 0.75, first=10) == 21 * [None]
-
-
-@pytest.mark.parametrize("ratio, said", [(0.6, "\nalarm after "), (1e-9, "\nno alarm after 8 epochs: ")])
+@pytest.mark.parametrize("ratio, said", [(0.6, "\nalarm after "), (1e-9, "\nno alarm after 8 ")])
 def test_es_stops_and_returns_to_the_epoch_before(rising, capsys, ratio, said):
-    flags = ["--epochs=8", "--window=2", "--first=3", f"--ratio={ratio}"]
-    baselines.main(["es", *small(*flags, "--out=run")])
-    records = read_log("run/log.jsonl")
-    *before, kept = alarms([record["eigenvalue"] for record in records], 2, ratio, first=3)
-    assert said in capsys.readouterr().out and not any(before) and (kept is None) == (len(records) == 8)
-    written = json.loads(json.dumps(load_genotype("run/genotype.json")._asdict()))
-    assert written == records[(kept or 8) - 1]["genotype"]
+    flags = small("--epochs=8", "--window=2", "--first=3", f"--ratio={ratio}")
+    baselines.main(["es", *flags, "--out=run"])
+    log = torch.load("run/checkpoint.pt")["log"]
+    *before, back = alarms([record["eigenvalue"] for record in log], 2, ratio, first=3)
+    assert said in capsys.readouterr().out and not any(before)
+    assert (back is None) == (len(log) == 8)
+    assert load_genotype("run/genotype.json")._asdict() == log[(back or 8) - 1]["genotype"]
 
 
 def test_ada_goes_back_and_raises_the_weight_decay(rising, monkeypatch):
     """Both alarms go back to one epoch: the end is that of a search which there turns to 0.03."""
     flags = small("--epochs=6", "--weight_decay=3e-4")
     baselines.main(["ada", *flags, "--window=1", "--first=2", "--out=ada"])
-    records = {path.name: read_log(path) for path in Path("ada").glob("log*.jsonl")}
-    decays = {name: [record["weight_decay"] for record in log] for name, log in records.items()}
-    back = records["log-before-0.003.jsonl"][0]["epoch"]
-    assert decays == {"log.jsonl": back * [3e-4] + (6 - back) * [0.03], "log-before-0.003.jsonl": [3e-4],
-                      "log-before-0.03.jsonl": [0.003]}
-    spent = sum(record["seconds"] for record in itertools.chain(*records.values()))
+    names = ("log-before-0.003", "log-before-0.03", "log")
+    [first], [second], log = (read_log(f"ada/{name}.jsonl") for name in names)
+    spent = sum(record["seconds"] for record in (first, second, *log))
     assert json.loads(Path("ada/search.json").read_text())["seconds"] == pytest.approx(spent)
+    assert [first["weight_decay"], second["weight_decay"], log[-1]["weight_decay"]] == [
+        3e-4, 0.003, 0.03]
+
     def train_epoch(parts, epoch, real=search.train_epoch):
-        parts.w_optimizer.param_groups[0]["weight_decay"] = 3e-4 if epoch < back else 0.03
+        decay = 3e-4 if epoch < first["epoch"] else 0.03
+        parts.w_optimizer.param_groups[0]["weight_decay"] = decay
         return real(parts, epoch)
     monkeypatch.setattr(search, "train_epoch", train_epoch)
     search.main([*flags, "--out=plain"])
-    assert tensors_equal(torch.load("ada/checkpoint.pt"), torch.load("plain/checkpoint.pt"))
+    plain, ada = torch.load("plain/checkpoint.pt"), torch.load("ada/checkpoint.pt")
+    assert all(tensors_equal(plain[name], ada[name]) for name in plain if name != "log")
 
 
 def test_ada_goes_back_to_ever_earlier_epochs(monkeypatch, capsys):
@@ -661,116 +669,126 @@ def test_ada_goes_back_to_ever_earlier_epochs(monkeypatch, capsys):
     baselines.main(["ada", *small("--epochs=9", "--window=3", "--first=4", "--out=run")])
     first, second = map(int, re.findall(r"back to (\d+),", capsys.readouterr().out))
     assert second < first and len(read_log("run/log.jsonl")) == 9
-    assert not list(Path("run").glob("checkpoint-*.pt"))
+    assert not [*Path("run").glob("checkpoint-*.pt")]
 
 
 def test_r_darts_keeps_the_cell_of_the_lowest_validation_error(monkeypatch):
-    errors, kept = {"0.0003": 30.0, "0.0009": 20.0, "0.0027": 20.0, "0.0081": 25.0}, []
-    cells = [PUBLISHED[name].genotype for name in ("DARTS_V1", "DARTS_V2", "VS_DARTS", "PC_DARTS")]
-    found = iter(cells)                                     # those of short searches may be the same
-    monkeypatch.setattr(baselines, "train_briefly", lambda args, folder: errors[folder.name[13:]])
-    monkeypatch.setattr(search, "finish", lambda run, *rest: write(run.result, to_json(next(found))))
-    monkeypatch.setattr(baselines, "finish", lambda run, genotype: kept.append(genotype))
-    baselines.main(["r_darts", *small("--epochs=1", "--out=run")])
-    assert kept == [cells[1]]                               # of two that are as good, that of less decay
-    for decay in errors:
-        config = json.loads(Path(f"run/weight_decay-{decay}/config.json").read_text())
-        assert (config["weight_decay"], config["program"]) == (float(decay), "search.py")
+    """Of two that are as good, that of less weight decay."""
+    errors, seen = {3e-4: 30, 9e-4: 20, 27e-4: 20, 81e-4: 25}, []
+    monkeypatch.setattr(search, "search", lambda args, run: seen.append(args.weight_decay))
+    monkeypatch.setattr(baselines, "train_briefly", lambda *given: errors[seen[-1]])
+    monkeypatch.setattr(baselines, "load_genotype", str)
+    monkeypatch.setattr(baselines, "finish", lambda run, cell: seen.append(cell))
+    baselines.main(["r_darts", *small("--out=run")])
+    assert seen == [*errors, "run/weight_decay-0.0009/genotype.json"]
 
 
 def test_brief_training_sees_the_training_split_only(monkeypatch):
-    """It trains on the half for w and is tested, not augmented, on the half for alpha."""
-    seen, opened = [], []
-    monkeypatch.setattr(retrain, "train", lambda *given: seen.append(given))
-    monkeypatch.setattr(search, "load", lambda *given: opened.append(given[2]) or data.load(*given))
+    """It trains on the half for w and is tested, not augmented, on that for alpha."""
+    args, given = baselines.parse(small("--image_size=16", "--amp"), "r_darts"), []
+    halves = search.read_halves(args, torch.device("cpu"))
     write("genotype.json", to_json(PUBLISHED["VS_DARTS"].genotype))
-    for flags in (small(), ["--dataset=fashion_mnist", "--image_size=8", "--amp"]):
-        args = search.parse(flags, baselines.make_parser("r_darts"), "r_darts")
-        with pytest.raises(SystemExit, match="result.json"):                # nothing was trained here
-            baselines.train_briefly(args, Path())
-    (_, first, _, rank, world, read), (_, second, *_) = seen
-    assert (first.epochs, first.layers, first.init_channels, first.weight_decay) == (100, 8, 16, 3e-4)
-    assert (first.cutout_length, first.amp, second.cutout_length, second.amp) == (2, False, 4, True)
-    train, test = read(first, torch.device("cpu"), rank, world)
-    split = data.load("digits", "unused", True)
+    monkeypatch.setattr(retrain, "train", lambda *these: given.extend(these))
+    with pytest.raises(SystemExit, match="result.json"):    # nothing was trained here
+        baselines.train_briefly(args, Path(), *halves)
+    _, flags, _, batches = given
+    train, test = batches(flags, None)
     tested = torch.cat([images for images, _ in test.epoch(0)])
-    assert opened == [True] and (train.train, train.cutout) == (True, 2)
-    assert torch.equal(train.split.images, split.images[:64])
-    assert torch.equal(tested, data.normalize(split.images[64:128], split.spec))
+    assert train.split is halves[0] and (train.train, train.cutout) == (True, 4)
+    assert torch.equal(tested, data.normalize(halves[1].images, halves[1].spec))
+    assert (flags.epochs, flags.layers, flags.init_channels, flags.amp) == (100, 8, 16, True)
 
 
-@pytest.mark.parametrize("removed", [("normal", 5, 2), ("reduce", 5, slice(None)), None])
+@pytest.mark.parametrize("removed", [("normal", 5, 2), ("reduce", 5, slice(None))])
 def test_decisions_take_the_place_of_beta(removed):
-    net, images, labels = tiny_net("darts")
-    plain, decisions, seen = copy.deepcopy(net), baselines.Decisions(net), []
-    betas = {cell_type: mixing_weights(alpha, True).detach() for cell_type, alpha in plain.alphas.items()}
-    for weights in (dict(decisions.named_buffers()), betas):
-        weights["normal"][3], weights["reduce"][7] = torch.eye(8)[4], torch.zeros(8)
-    if removed:
-        betas[removed[0]][removed[1:]] = 0
-    logits, _ = slow_walk(plain, images, betas)
-    net.eval().register_forward_hook(lambda net, inputs, output: seen.append(output))
-    parts = SimpleNamespace(net=net, validation=SimpleNamespace(epoch=lambda turn: [(images, labels)]))
-    accuracy = baselines.accuracy_without(parts, decisions, 0, removed)
-    torch.testing.assert_close(seen[0], logits)
+    net, images, _ = tiny_net("darts")
+    decisions, betas = baselines.Decisions(net), net.mixing_weights()
+    for weights in (decisions.get_buffer("normal"), betas["normal"].detach_()):
+        weights[3], weights[4] = torch.eye(8)[4], 0
+    betas[removed[0]].detach_()[removed[1:]] = 0
+    logits, _ = slow_walk(net, images, betas)
+    batches = [(images, logits.argmax(1)), (images, logits.argmin(1))]
+    parts = SimpleNamespace(net=net.eval(), validation=SimpleNamespace(epoch=lambda turn: batches))
+    assert baselines.accuracy_without(parts, decisions, 0, removed) == 50
     assert decisions.removed is None
-    assert accuracy == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
-    F.cross_entropy(net(images), labels).backward()
-    gradient = net.alphas["normal"].grad
-    assert gradient[3].abs().sum() == 0 < gradient[4].abs().sum()
+    decisions.removed = removed
+    torch.testing.assert_close(net(images), logits)
 
 
-def test_operations_and_inputs_are_decided_by_accuracy():
-    decisions, without = baselines.Decisions(tiny_net("s3")[0]), {0: 50, 1: 70, 2: 70, 3: 60, 4: 40}
-    record = decisions.decide_inputs("normal", 5, lambda removed: without[EDGES[removed[1]][0]])
-    assert record["kept"] == [0, 4] and record["accuracies"][0] == without  # 2 goes, then 1, then 3
-    assert [list(tried) for tried in record["accuracies"]] == [[0, 1, 2, 3, 4], [0, 1, 3, 4], [0, 3, 4]]
-    assert decisions.normal[-5:].sum(1).isnan().tolist() == [True, False, False, False, True]
-    full = baselines.Decisions(tiny_net("darts")[0])        # where DARTS+PT has no `none`
-    for some, accuracies, kept in [(decisions, [3, 2, 2], "skip_connect"), (decisions, [1, 2, 2], "none"),
-                                   (full, list(range(8)), "max_pool_3x3")]:
-        record = some.decide_operation("reduce", (1, 4), lambda removed: accuracies[removed[2]])
-        assert record["kept"] == kept and list(record["accuracies"].values()) == accuracies[-7:]
-    edges = [edge for _, _, edge in full.order(2)[:28]]
-    assert set(edges) == set(EDGES) and list(EDGES) != edges[::2] != edges[1::2] != list(EDGES)
-    decisions.normal[:], decisions.reduce[:] = torch.eye(3)[2], torch.eye(3)[0]
-    for row, (i, j) in enumerate(EDGES):                    # each node keeps two edges
-        decisions.normal[row] *= i in (0, j - 1)
-        decisions.reduce[row] *= i >= j - 2                 # `none` is: the next takes its place
+def test_an_edge_keeps_the_operation_without_which_accuracy_is_lowest():
+    def kept(space, accuracies):
+        decisions = baselines.Decisions(tiny_net(space)[0])
+        record = decisions.decide_operation(
+            "reduce", (1, 4), lambda removed: accuracies[removed[2]])
+        return record["kept"], decisions.reduce[EDGES.index((1, 4))].tolist()
+    assert kept("s3", [3, 2, 2]) == ("skip_connect", [0, 1, 0])
+    assert kept("s3", [1, 2, 2]) == ("none", [1, 0, 0])
+    assert kept("darts", [*range(8)])[0] == "max_pool_3x3"  # where DARTS+PT has no `none`
+
+
+def test_a_node_loses_the_edge_without_which_accuracy_is_highest():
+    decisions = baselines.Decisions(tiny_net("s3")[0])
+    without = {0: 50, 1: 70, 2: 70, 3: 60, 4: 40}           # 2 goes, then 1, then 3
+    record = decisions.decide_inputs("normal", 5, lambda removed: without[removed[1] - 9])
+    assert record["kept"] == [0, 4] and record["accuracies"][0] == without
+    assert [[*tried] for tried in record["accuracies"][1:]] == [[0, 1, 3, 4], [0, 3, 4]]
+    assert (decisions.normal[9:] == 0).all(1).tolist() == [False, True, True, True, False]
+
+
+def test_edges_are_decided_at_random_in_each_cell_in_turn_and_then_nodes():
+    turns = baselines.Decisions(tiny_net("darts")[0]).order(2)
+    types, _, things = zip(*turns)
+    normal, reduce = [*things[:28:2]], [*things[1:28:2]]
+    assert types == ("normal", "reduce") * 17 and sorted(things[28::2]) == [3, 4, 5]
+    assert sorted(normal) == sorted(reduce) == sorted(EDGES)
+    assert [*EDGES] != normal != reduce != [*EDGES]
+
+
+def test_where_none_was_kept_the_next_operation_takes_its_edge():
+    decisions = baselines.Decisions(tiny_net("s3")[0])
+    decisions.normal[:], decisions.reduce[:] = torch.eye(3)[2], torch.eye(3)[0]     # 0: `none`
+    for fixed in decisions.buffers():                       # each node keeps its last two edges
+        fixed[[i < j - 2 for i, j in EDGES]] = 0
     cell = decisions.genotype()
-    assert cell.normal == tuple((("sep_conv_3x3", 0), ("sep_conv_3x3", j - 1)) for j in (2, 3, 4, 5))
-    assert cell.reduce == tuple((("skip_connect", j - 2), ("skip_connect", j - 1)) for j in (2, 3, 4, 5))
+    for name, nodes in {"sep_conv_3x3": cell.normal, "skip_connect": cell.reduce}.items():
+        assert [*nodes] == [((name, j - 2), (name, j - 1)) for j in (2, 3, 4, 5)]
 
 
 def test_perturbation_tunes_between_pairs_of_decisions(monkeypatch, kept):
     """At a tenth of the search's rate; not after the last pair."""
-    seen, classifiers, source = [], [], kept / "five"
-    for owner, name in ((baselines.Decisions, "decide_operation"), (baselines.Decisions, "decide_inputs"),
-                        (search, "train_epoch"), (search, "weight_step")):
+    seen = []
+    for owner, name in ((baselines.Decisions, "decide_operation"), (search, "train_epoch"),
+                        (baselines.Decisions, "decide_inputs")):
         def spied(*given, name=name, real=getattr(owner, name)):
-            seen.append((name, given[1].param_groups[0]["lr"] if name == "weight_step" else given[1]))
-            if name == "weight_step":
-                classifiers.append(given[0].classifier.weight.clone())
+            seen.append((name, given[1]))
             return real(*given)
         monkeypatch.setattr(owner, name, spied)
-    baselines.main(["perturbation", str(source), "--tune_epochs=2", "--out=run"])
+    baselines.main(["perturbation", str(kept / "five"), "--tune_epochs=2", "--out=run"])
     expected = []
-    for pair in range(5):
+    for first in range(0, 10, 2):
         expected += [("decide_operation", "normal"), ("decide_operation", "reduce")]
-        for epoch in (2 * pair, 2 * pair + 1):
-            expected += [("train_epoch", epoch), *2 * [("weight_step", 0.0025)]]
+        expected += [("train_epoch", first), ("train_epoch", first + 1)]
     assert seen == [*expected, ("decide_inputs", "normal"), ("decide_inputs", "reduce")]
-    assert torch.equal(classifiers[0], torch.load(source / "checkpoint.pt")["net"]["classifier.weight"])
-    before, found = (json.loads(Path(folder, "search.json").read_text()) for folder in (source, "run"))
-    spent = sum(record["seconds"] for record in read_log("run/log.jsonl"))
-    assert found["seconds"] == pytest.approx(before["seconds"] + spent)
-    assert (found["method"], found["space"], found["node_norm"]) == ("perturbation", "five", True)
+    saved = torch.load("run/checkpoint.pt")
+    assert saved["w_optimizer"]["param_groups"][0]["lr"] == 0.0025
 
 
-ALARM = ["--window=1", "--first=3", "--ratio=1000"]         # after three epochs, whatever the eigenvalues
-FLAGS = {"second_order": ["--epochs=3"], "es": ["--epochs=6", *ALARM], "ada": ["--epochs=3", *ALARM],
-         "r_darts": ["--epochs=2", "--train_epochs=2", "--train_channels=2", "--train_layers=3"],
-         "perturbation": ["--tune_epochs=1"]}
+def test_perturbation_starts_from_the_searchs_network_and_costs_its_seconds_too(kept):
+    baselines.main(["perturbation", str(kept / "five"), "--tune_epochs=0", "--out=run"])
+    before, after = (torch.load(f"{folder}/checkpoint.pt") for folder in (kept / "five", "run"))
+    assert torch.equal(before["net"]["classifier.weight"], after["net"]["classifier.weight"])
+    found = json.loads(Path("run/search.json").read_text())
+    spent = sum(record["seconds"] for record in before["log"] + after["log"])
+    assert found["seconds"] == pytest.approx(spent) and found["method"] == "perturbation"
+
+
+# ---------------------------------------------------------------- stopped baselines
+
+ALARM = ["--window=1", "--first=3", "--ratio=1000"]         # after three epochs in any case
+FLAGS = {
+    "second_order": ["--epochs=3"], "es": ["--epochs=6", *ALARM], "ada": ["--epochs=3", *ALARM],
+    "r_darts": ["--epochs=1", "--train_epochs=2", "--train_channels=2", "--train_layers=3"],
+    "perturbation": ["--tune_epochs=1"]}
 
 
 @pytest.fixture(scope="module")
@@ -786,68 +804,194 @@ def whole_runs(tmp_path_factory, kept):
     return run
 
 
-@pytest.mark.parametrize("method, call, owner, name", [
-    ("second_order", 2, Run, "end_epoch"), ("es", 1, Run, "end_epoch"),
-    ("es", 3, Run, "end_epoch"),                            # the alarm is due
-    ("ada", 2, Run, "end_epoch"), ("ada", 3, Run, "end_epoch"),                 # the first alarm is due
-    ("ada", 1, baselines, "save"),                          # the checkpoint has gone back, the log has not
-    ("ada", 2, Run, "load"),                                # after the second alarm
-    ("r_darts", 1, search, "train_epoch"),                  # nothing but its own folder is there
-    ("r_darts", 1, Run, "end_epoch"), ("r_darts", 2, baselines, "train_briefly"),
-    ("r_darts", 3, Run, "end_epoch"),                       # in the first brief training
-    ("perturbation", 3, Run, "end_epoch"), ("perturbation", 3, search, "train_epoch")])
-def test_a_stopped_run_goes_on_to_the_same_end(monkeypatch, whole_runs, method, call, owner, name):
-    whole, start = whole_runs(method)
-    real, calls = getattr(owner, name), itertools.count(1)
+def stop(arguments, name, call=1, then=lambda: None):
+    """Runs a baseline in `parts` until the function of this name was called `call` times."""
+    real, calls = pkgutil.resolve_name(name), itertools.count(1)
 
-    def interrupted(*given):
+    def stopping(*given):
         result = real(*given)
         if next(calls) == call:
+            then()
             raise KeyboardInterrupt
         return result
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume parts goes on"):
-        patch.setattr(owner, name, interrupted)
-        baselines.main([*start, "--out=parts"])
-    with pytest.raises(SystemExit, match="--resume parts"):
-        baselines.main([*start, "--out=parts"])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(name, stopping)
+        baselines.main([*arguments, "--out=parts"])
+
+
+@pytest.mark.parametrize("method, call, name", [
+    ("second_order", 1, "search.weight_step"), ("second_order", 2, "run.Run.end_epoch"),
+    ("es", 1, "search.weight_step"), ("es", 3, "run.Run.end_epoch"),        # an alarm is due
+    ("ada", 1, "search.weight_step"), ("ada", 3, "run.Run.end_epoch"),      # an alarm is due
+    ("ada", 1, "experiments.baselines.to_bytes"),           # the undone epochs' log is written
+    ("ada", 2, "run.Run.load"),                             # it has gone back for the second time
+    ("r_darts", 1, "search.weight_step"), ("r_darts", 2, "experiments.baselines.train_briefly"),
+    ("r_darts", 2, "run.Run.end_epoch"),                    # in the first brief training
+    ("perturbation", 3, "run.Run.end_epoch"), ("perturbation", 3, "search.train_epoch")])
+def test_a_stopped_run_goes_on_to_the_same_end(whole_runs, method, call, name):
+    whole, arguments = whole_runs(method)
+    stop(arguments, name, call)
     baselines.main([method, "--resume=parts"])
     assert tensors_equal(contents(whole), contents("parts"))
-    for again in ([*start, "--out=parts"], [method, "--resume=parts"]):
-        with pytest.raises(SystemExit, match="holds a finished run"):
-            baselines.main(again)
+
+
+def test_perturbation_stopped_in_its_first_decision_decides_on_the_trained_network(whole_runs):
+    whole, arguments = whole_runs("perturbation")
+    stop(arguments, "experiments.baselines.accuracy_without")
+    assert not Path("parts/checkpoint.pt").exists()
+    baselines.main(["perturbation", "--resume=parts"])
+    assert tensors_equal(contents(whole), contents("parts"))
+
+
+@pytest.mark.parametrize("method", FLAGS)
+def test_a_run_is_not_resumed_while_it_works(whole_runs, method):
+    def resume():
+        with pytest.raises(SystemExit, match="parts is in use by a running program"):
+            baselines.main([method, "--resume=parts"])
+    stop(whole_runs(method)[1], "search.weight_step", then=resume)
+
+
+def test_an_infinite_loss_ends_es_in_one_line():
+    with pytest.raises(SystemExit, match="not finite after epoch 0"):
+        baselines.main(["es", *small("--learning_rate=2e9", "--grad_clip=2e9", "--out=run")])
+
+
+def test_r_darts_is_not_started_anew_over_its_finished_parts(whole_runs):
+    """A run of other flags would mix its cells with theirs."""
+    _, arguments = whole_runs("r_darts")
+    stop(arguments, "search.weight_step", call=3)           # in the second search
+    with pytest.raises(SystemExit, match="--resume parts"):
+        baselines.main([*arguments, "--seed=3", "--out=parts"])
+    assert json.loads(Path("parts/config.json").read_text())["seed"] == 2
+
+
+def test_a_corrected_command_of_r_darts_corrects_the_flags_of_its_parts(whole_runs):
+    _, arguments = whole_runs("r_darts")
+    stop(arguments, "search.weight_step")                   # in the first search
+    stop([*arguments, "--seed=3"], "search.weight_step")
+    for config in ("parts/config.json", "parts/weight_decay-0.0003/config.json"):
+        assert json.loads(Path(config).read_text())["seed"] == 3
+
+
+@pytest.fixture
+def other_images(monkeypatch):
+    """A function: from then on the digits are others."""
+    images, labels, classes = data.load_digits(True)
+    others = 255 - images, labels, classes
+    return lambda: monkeypatch.setattr(data, "load_digits", lambda train: others)
+
+
+def test_r_darts_goes_on_with_the_same_images_only(whole_runs, other_images):
+    stop(whole_runs("r_darts")[1], "search.weight_step", call=3)    # one search is finished
+    other_images()
+    with pytest.raises(SystemExit, match="weight_decay-0.0003.*: the train_split was 128 images"):
+        baselines.main(["r_darts", "--resume=parts"])
+
+
+def test_perturbation_decides_on_the_images_and_classes_of_its_search_only(
+        kept, other_images, monkeypatch):
+    command = ["perturbation", str(kept / "five"), "--out=new"]
+    other_images()
+    with pytest.raises(SystemExit, match="five/checkpoint.pt: the train_split was 128 images"):
+        baselines.main(command)
+    images, labels, _ = data.load_digits(True)
+    monkeypatch.setattr(data, "load_digits", lambda train: (images, labels, range(11)))
+    with pytest.raises(SystemExit, match=r"the classes differ \(10\)"):
+        baselines.main(command)
+
+
+def test_perturbation_needs_its_search_until_the_first_decision_is_saved(kept):
+    shutil.copytree(kept / "five", "five")
+    stop(["perturbation", "five", "--tune_epochs=0"], "run.Run.end_epoch")
+    shutil.rmtree("five")
+    baselines.main(["perturbation", "--resume=parts"])
+    assert Path("parts/genotype.json").exists()
+
+
+def test_perturbation_by_default_has_a_folder_for_each_search_and_setting(kept):
+    def folder(name, *flags):
+        if not Path(name).exists():
+            shutil.copytree(kept / "five", name)
+        return baselines.parse_perturbation([name, *flags], "perturbation").out
+    long = "runs/" + 245 * "x"
+    found = [folder("a/b"), folder("a-b/c"), folder("runs/b"), folder("runs/b", "--tune_epochs=1"),
+             folder(long), folder(f"{long}x")]
+    assert len({*found}) == 6 and all(len(Path(name).name) < 230 for name in found)
+    assert found[2:4] == ["runs/perturbation-b-2", "runs/perturbation-b-tune_epochs=1-2"]
+
+
+def test_perturbation_takes_the_proxy_file_that_its_search_kept(kept):
+    shutil.copytree(kept / "five", "five")
+    config = json.loads(Path("five/config.json").read_text())
+    write("five/config.json", json.dumps({**config, "proxy": "gone", "limit": None}))
+    args = baselines.parse_perturbation(["five"], "perturbation")
+    assert args.proxy == "five/proxy.json"
+
+
+# ---------------------------------------------------------------- the script of our runs
+
+ALL = "--node_norm --larc --sqrt_beta "
+ROWS = {  # runs.sh: a run's name without space and seed, its flags not at their defaults
+    "darts": "--weight_decay 3e-4", "es": "--weight_decay 3e-4", "darts_l2": "",
+    "norm": "--node_norm", "norm_sqrt": "--node_norm --sqrt_beta",
+    "norm_larc": "--node_norm --larc", "vs_darts": ALL, "vs_darts_1": ALL,
+    "vs_darts_trust_0.1": ALL + "--larc_trust 0.1", "vs_darts_0.1": ALL + "--larc_trust 0.1",
+    "vs_darts_0.3": ALL + "--larc_trust 0.3", "release": ALL + "--larc_trust 0.02 --larc_clip"}
+
+
+def listed(which):
+    """The commands of runs.sh for DATA and runs, started here, in words."""
+    script = Path(baselines.__file__).with_name("runs.sh")
+    launcher = ("env", "-C", Path.cwd(), "PYTHON=python", "bash")
+    out, errors, status = program(script, which, "DATA", "runs", "--dry_run", launcher=launcher)
+    assert (errors, status) == ("", 0)
+    return [line.split() for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("which, count", [("small", 38), ("nasbench201", 90)])
+def test_each_run_of_the_script_has_the_flags_of_its_name(which, count):
+    """And alpha's rate times its steps is the paper's."""
+    commands = listed(which)
+    flags = "node_norm", "larc", "sqrt_beta", "larc_trust", "larc_clip", "weight_decay"
+    for words in commands:
+        parser = baselines.make_parser("es") if "es" in words else None     # has another default
+        args = search.parse(words[words.index("--dataset"):], parser)
+        _, row, seed = Path(args.out).name.split("-")
+        named = vars(search.parse(ROWS[row].split()))
+        assert [named[flag] for flag in flags] == [getattr(args, flag) for flag in flags]
+        assert (args.data, args.seed) == ("DATA", int(seed))
+        steps = args.epochs * math.ceil(args.limit / 2 / args.batch_size)
+        assert steps * args.arch_learning_rate == pytest.approx(391 * 50 * 3e-4, 0.01)
+    assert len({words[-1] for words in commands}) == count
+
+
+def test_the_script_runs_five_seeds_of_nine_methods_and_then_five_more():
+    names = [words[-1].split("-")[1:] for words in listed("nasbench201")]
+    methods = [*nasbench201.METHODS.values()]
+    assert names == [[method, seed] for five in ("01234", "56789")
+                     for method in methods for seed in five]
+
+
+def test_the_script_leaves_out_what_is_finished_and_resumes_what_has_begun():
+    before = listed("small")
+    for file in ("s3-darts_l2-0/genotype.json", "s3-vs_darts-0/config.json", "s4-es-2/config.json"):
+        Path("runs", file).parent.mkdir(parents=True)
+        Path("runs", file).touch()
+    resumed = ["python", "search.py", "--resume", "runs/s3-vs_darts-0"]
+    last = ["python", "-m", "experiments.baselines", "es", "--resume", "runs/s4-es-2"]
+    assert listed("small") == [resumed, *before[2:-1], last]
+
+
+def test_the_script_leaves_out_the_lines_of_nasbench201_jsonl():
+    before = listed("nasbench201")
+    Path("experiments").mkdir()
+    done = [{"method": "darts_l2", "seed": 0, "x": 1}, {"method": "norm", "seed": 9, "x": 1}]
+    write("experiments/nasbench201.jsonl", "\n".join(map(json.dumps, done)))
+    assert listed("nasbench201") == [words for words in before if words[-1] not in (
+        "runs/nb201-darts_l2-0", "runs/nb201-norm-9")]
 
 
 # ---------------------------------------------------------------- bad input
-
-def test_the_script_of_our_runs():
-    """It lists each search once, all with the paper's product of alpha's rate and steps; and carries on."""
-    def listed():
-        arguments = "experiments/runs.sh", "small", "DATA", Path("out").absolute(), "--dry_run"
-        out, errors, status = program(*arguments, launcher=("env", "PYTHON=python", "bash"))
-        assert (errors, status) == ("", 0)
-        return [line.split() for line in out.splitlines()]
-    commands = listed()
-    for python, *words in commands:
-        parser = baselines.make_parser("es") if words[0] == "-m" else None
-        args = search.parse(words[3:] if parser else words[1:], parser)
-        steps = args.epochs * math.ceil(args.limit / 2 / args.batch_size)
-        assert args.keep_nets and args.data == "DATA"
-        _, row, seed = Path(args.out).name.split("-")
-        switches = {"norm": [1, 0, 0], "norm_larc": [1, 1, 0], "norm_sqrt": [1, 0, 1],
-                    "vs_darts": [1, 1, 1], "vs_darts_trust_0.1": [1, 1, 1]}.get(row, [0, 0, 0])
-        assert [args.node_norm, args.larc, args.sqrt_beta] == switches and args.seed == int(seed)
-        assert args.larc_trust == (0.1 if row.endswith("0.1") else 1)
-        assert args.weight_decay == (3e-4 if row in ("darts", "es") else 5e-3)
-        assert steps * args.arch_learning_rate == pytest.approx(391 * 50 * 3e-4, 0.01)
-    names = [Path(words[-1]).name for words in commands]
-    assert len({*names}) == len(names) == 38 and names[:2] == ["s3-darts_l2-0", "s3-vs_darts-0"]
-    for file in ("s3-darts_l2-0/genotype.json", "s3-vs_darts-0/config.json", "s4-es-2/config.json"):
-        Path("out", file).parent.mkdir(parents=True)
-        Path("out", file).write_text("{}")
-    after, resume = listed(), ["--resume", str(Path("out").absolute() / "s3-vs_darts-0")]
-    assert after[0] == ["python", "search.py", *resume] and after[1:-1] == commands[2:-1]
-    assert after[-1][:5] == ["python", "-m", "experiments.baselines", "es", "--resume"]
-
 
 BAD = [  # a command, and words of the line that refuses it
     ("figures 3 s2", "s2/net-0.pt is missing: --keep_nets"),
@@ -876,9 +1020,7 @@ BAD = [  # a command, and words of the line that refuses it
     ("baselines ada --weight_decay=0", "must be above 0 and below --max_decay 0.03"),
     ("baselines ada --weight_decay=0.1", "must be above 0 and below --max_decay 0.03"),
     ("baselines r_darts --weight_decay=1e-3", "r_darts takes no --weight_decay"),
-    ("baselines r_darts --dataset=folder --data=nothing --out=new", "nothing/train"),
     ("baselines ada --resume=es", "es is not a run of experiments.baselines ada"),
-    (f"baselines es --learning_rate=2e9 --grad_clip=2e9 {' '.join(small('--out=new'))}", "not finite"),
     ("baselines perturbation", "perturbation needs a finished run of search.py, and RUN is none"),
     ("baselines perturbation unfinished", "needs a finished run of search.py, and unfinished is none"),
     ("baselines perturbation es", "es is not a run of search.py"),
@@ -901,12 +1043,10 @@ def test_bad_input_ends_in_one_line_and_changes_nothing(kept, monkeypatch, capsy
     assert files() == before
 
 
-def test_help_and_torchrun(monkeypatch):
-    out, errors, status = program("-m", "experiments.baselines", "es", "--help")
-    assert "--window" in out and (errors, status) == ("", 0)
+def test_every_method_has_a_help_and_none_runs_under_torchrun(monkeypatch):
     for method in baselines.METHODS:
         with pytest.raises(SystemExit, match="0"):
             baselines.main([method, "--help"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(baselines, "WORLD", 2)
     with pytest.raises(SystemExit, match="without torchrun"):
         baselines.main(["es", "--resume=nothing"])
