@@ -9,7 +9,6 @@
 Accelerating Neural Architecture Search via Proxy Data, IJCAI 2021: sampler.py of
 nabk89/NAS-with-Proxy-data f98b345.
 """
-import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -90,8 +89,7 @@ def pretrained(args, device):
 def retrained(args, device):
     """(images -> logits, what it was trained on, its file) of --classifier."""
     file = Path(args.classifier)
-    flags = {**read_json(file.with_name("config.json")), "amp": False}
-    net, facts = load_network(file, argparse.Namespace(**flags), device)
+    net, facts = load_network(file, device)
     net.eval()
     return lambda images: net(images)[0], facts, file
 

@@ -143,6 +143,8 @@ def train(genotype, args, run, read=read_data):
 
     read(args, device): the Batches to train and to test on.
     """
+    if RANK == 0:                                           # at once: --genotype may be moved
+        write(run.folder / "genotype.json", to_json(genotype))
     device = find_device(args.device)
     batches, test = one_first(lambda: read(args, device))
     classes, spec = test.split.classes, test.split.spec
@@ -176,7 +178,7 @@ def train(genotype, args, run, read=read_data):
                   "test_loss": test_loss, "test_error": 100 - top1, "test_error_top5": 100 - top5,
                   "best_test_error": best, "images_per_second": images / seconds,
                   "seconds": time.monotonic() - started}
-        run.end_epoch(record, {"genotype.json": to_json(genotype)})
+        run.end_epoch(record)
         say(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | "
             f"test {test_loss:.3f} error {100 - top1:.2f}% | {record['seconds']:.0f} s")
     finish(run, net, {**counts, "device": device_name(device), "processes": WORLD})
@@ -204,12 +206,13 @@ def without_head(state):
     return [pair for pair in state.items() if not pair[0].startswith("auxiliary_head")]
 
 
-def load_network(path, args, device):
+def load_network(path, device, amp=False):
     """(network, what it was trained on) of a run's weights.pt or checkpoint.pt.
 
-    args: the run's flags. The second is a dict: "classes", names; "spec", see data.Spec.
+    The second is a dict: "classes", names; "spec", see data.Spec.
     """
-    saved, args.auxiliary_weight = load_checkpoint(path), 0
+    flags = {**read_json(path.parent / "config.json"), "auxiliary_weight": 0}
+    args, saved = argparse.Namespace(**flags), load_checkpoint(path)
     try:
         facts = saved["facts"]
         genotype = read_genotype(path.parent / "genotype.json")
@@ -218,13 +221,13 @@ def load_network(path, args, device):
         facts = {**facts, "spec": Spec(*facts["spec"])}
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise SystemExit(f"{path} holds no network of this run ({reason(error)})") from None
-    return place(net, device, args.amp), facts
+    return place(net, device, amp), facts
 
 
 def evaluate_file(path, args):
     """Prints the test error of a run's weights.pt or checkpoint.pt."""
     device = find_device(args.device)
-    net, facts = load_network(path, args, device)
+    net, facts = load_network(path, device, args.amp)
     test = make_data(args, False, device, facts["spec"])
     check_facts(f"{path} and {args.data}", facts, {"classes": test.split.classes})
     loss, top1, top5, _ = means(evaluate(net, test))

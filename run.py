@@ -303,6 +303,8 @@ class Run:
             self.lock.truncate(0)
             self.lock.write(json.dumps(vars(self.args), indent=1))
             self.lock.flush()
+            if vars(self.args).get("proxy") is not None:    # a copy, as the file may be moved
+                write(self.folder / "proxy.json", json.dumps(read_json(self.args.proxy)))
 
     def begin(self, parts, facts):
         """Loads the checkpoint, if there is one.
@@ -321,6 +323,7 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.epoch, self.log = saved["epoch"], saved["log"]
+            self.write_log()                                # it may be lost, or a line longer
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SystemExit(f"{self.checkpoint} does not fit this run ({reason(error)})") from None
 
@@ -335,10 +338,14 @@ class Run:
         if RANK == 0:
             for name, content in files.items():
                 write(self.folder / name, content)
-            write(self.folder / "log.jsonl", "\n".join(map(json.dumps, self.log)))
+            self.write_log()
             states = {name: part.state_dict() for name, part in self.parts.items()}
             state = {"epoch": self.epoch, "log": self.log, "facts": self.facts, **states}
             write(self.checkpoint, to_bytes(state))
+
+    def write_log(self):
+        if RANK == 0:
+            write(self.folder / "log.jsonl", "\n".join(map(json.dumps, self.log)))
 
 
 def check_facts(path, saved, facts):

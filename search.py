@@ -16,7 +16,6 @@ import shlex
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -216,8 +215,6 @@ def validate(parts, record):
 def save_epoch(parts, run, record):
     """Logs and saves a validated epoch; with --keep_nets its network too."""
     files = {}
-    if parts.args.proxy is not None and run.epoch == 0:
-        files["proxy.json"] = Path(parts.args.proxy).read_bytes()
     if parts.args.keep_nets:
         files[f"net-{record['epoch'] + 1}.pt"] = to_bytes(parts.net.state_dict())
     run.end_epoch(record, files)

@@ -1083,9 +1083,10 @@ def test_all_seeds_of_a_run_differ(monkeypatch):
 
 def lines_of(folder):
     """The records of a run, without what it measured by the clock."""
-    records = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
-    clock = ("seconds", "images/s")
-    return [{key: value for key, value in record.items() if key not in clock} for record in records]
+    records = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+    clock = ("seconds", "images_per_second")
+    return [{key: value for key, value in record.items() if key not in clock}
+            for record in records]
 
 
 def tensors_equal(a, b):
@@ -1099,66 +1100,83 @@ def tensors_equal(a, b):
 
 
 def assert_same_runs(a, b):
-    """Every record, and every tensor of every file."""
+    """The same records, results, and tensors in every file."""
     assert lines_of(a) == lines_of(b)
-    files = [{path.name: torch.load(path) for path in Path(folder).glob("*.pt")} for folder in (a, b)]
-    assert tensors_equal(*files) and "checkpoint.pt" in files[0]
+    for path in Path(a).iterdir():
+        if path.suffix == ".pt":
+            saved, other = torch.load(path), torch.load(Path(b, path.name))
+            assert saved.pop("log", 0) == 0 or other.pop("log")     # seconds differ
+            assert tensors_equal(saved, other), path
+        elif path.name in ("genotype.json", "result.json"):
+            assert path.read_text() == Path(b, path.name).read_text()
 
 
-def program(*arguments, wait=True, launcher=PYTHON, **options):
-    """(what a program prints, what it says on stderr, its status); with wait=False the process."""
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)    # a shell's & ignores it
-    process = subprocess.Popen([*launcher, *map(str, arguments)], cwd=HERE, env=ENVIRONMENT, **options)
-    return end_of(process) if wait else process
+def begun(*arguments, launcher=PYTHON):
+    """A program in a process group of its own, which Ctrl-C reaches even after a shell's `&`."""
+    return subprocess.Popen(
+        [*launcher, *map(str, arguments)], cwd=HERE, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def end_of(process):
+    """(what it printed, what it said on stderr, its status), once its last worker has ended."""
     try:
         return *process.communicate(timeout=200), process.returncode
     finally:
-        kill(process)                                       # nothing that hangs is left behind
+        kill(process, signal.SIGKILL)                       # nothing that hangs is left behind
 
 
-def kill(process, number=signal.SIGKILL):
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")                 # torchrun's: no group
+def program(*arguments, launcher=PYTHON):
+    return end_of(begun(*arguments, launcher=launcher))
+
+
+def kill(process, number):
+    """Sends a signal to a program and its workers; SIGTERM, as `kill` does, to the program alone."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if number == signal.SIGTERM:
+        return process.terminate()
     for child in children.read_text().split() if children.exists() else []:
-        os.kill(int(child), number)
+        os.kill(int(child), number)                         # torchrun's are in no group of ours
     if process.poll() is None:
         os.killpg(process.pid, number)
 
 
-def kill_after_an_epoch(process, folder, number=signal.SIGKILL):
-    waited = 0
-    while not Path(folder, "checkpoint.pt").exists() and waited < 6000:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-        waited += 1
-    kill(process, number)
-    return end_of(process)
+def stop_after(epochs, main, flags):
+    """Stops a program, in this process, after so many epochs; after 0 in its first one."""
+    def end_epoch(self, *given, real=run.Run.end_epoch):
+        if epochs > 0:
+            real(self, *given)
+        if self.epoch == epochs:
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Run, "end_epoch", end_epoch)
+        main(flags)
 
 
-IMAGENET = [*TINY, "--genotype=VS_DARTS", "--epochs=4", "--dataset=imagenet", "--image_size=32",
-            "--workers=1", "--batch_size=8", "--drop_path_prob=0.2"]
-RUNS = {  # name: program, its result, flags. S4 draws noise; the halves are unequal
-    "search": (search, "genotype.json", TINY + "--space=s4 --node_norm --larc --sqrt_beta --epochs=4 "
-               "--batch_size=64 --train_portion=0.4 --keep_nets".split()),
-    "retraining": (retrain, "result.json", [*TINY, "--genotype=VS_DARTS", "--epochs=4", "--batch_size=96"]),
-    "imagenet": (retrain, "result.json", IMAGENET),          # below without a fork beside gloo's threads
-    "two processes": (retrain, "result.json", [*IMAGENET, "--workers=0"])}
-both_programs = pytest.mark.parametrize("name", ["search", "retraining"])
+S4 = [*TINY, *"--space=s4 --node_norm --larc --sqrt_beta --epochs=4".split()]           # noise
+VS_DARTS = [*TINY, "--genotype=VS_DARTS", "--epochs=4"]
+IMAGENET = "--dataset=imagenet --image_size=32 --batch_size=8".split()
+RUNS = {  # program, launcher, flags
+    "search": (search, PYTHON, [*S4, "--batch_size=64", "--train_portion=0.4", "--keep_nets"]),
+    "search by two": (search, TORCHRUN, [*S4, "--batch_size=128"]),
+    "search of imagenet": (search, PYTHON, [*S4, *IMAGENET, "--workers=2"]),
+    "retraining": (retrain, PYTHON, [*VS_DARTS, "--batch_size=96"]),
+    "retraining by two": (retrain, TORCHRUN, [*VS_DARTS, *IMAGENET, "--workers=0"]),
+    "imagenet": (retrain, PYTHON, [*VS_DARTS, *IMAGENET, "--workers=1", "--drop_path_prob=0.2"])}
 
 
-def finish(name, *arguments):
-    if name == "two processes":
-        assert program("retrain.py", *arguments, launcher=TORCHRUN)[2] == 0
+def finish(name, *flags):
+    module, launcher, _ = RUNS[name]
+    if launcher is PYTHON:
+        module.main([*flags])
     else:
-        RUNS[name][0].main([*arguments])
+        assert program(module.__file__, *flags, launcher=launcher)[2] == 0
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Folders of runs that nothing stopped, by name, each made when first asked for; and of images."""
+    """Folders of runs that nothing stopped, each made when first asked for; and of images."""
     root = tmp_path_factory.mktemp("whole")
     make_folder(root / "images", (64, 64), count=20)
 
@@ -1170,146 +1188,406 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, number", [
-    ("search", signal.SIGKILL), ("retraining", signal.SIGKILL), ("two processes", signal.SIGKILL),
-    ("search", signal.SIGINT), ("imagenet", signal.SIGINT)])
+    ("search", signal.SIGKILL), ("search by two", signal.SIGKILL),
+    ("retraining by two", signal.SIGKILL), ("search", signal.SIGINT),
+    ("imagenet", signal.SIGINT), ("search of imagenet", signal.SIGTERM)])
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, whole, name, number):
-    module, result, flags = RUNS[name]
-    launcher = TORCHRUN if name == "two processes" else PYTHON
+    module, launcher, flags = RUNS[name]
     flags = [*flags, f"--data={whole('images')}", f"--out={tmp_path / 'run'}"]
-    process = program(module.__file__, *flags, wait=False, launcher=launcher)
-    _, errors, status = kill_after_an_epoch(process, "run", number)
-    if number == signal.SIGINT:                             # as Ctrl-C, to the readers of images too
-        epoch = torch.load("run/checkpoint.pt")["epoch"] - 1
-        line = f".*--resume {tmp_path / 'run'} .*epoch {epoch}\n"
-        assert status == -number and re.fullmatch(line, errors), errors
-    assert not Path("run", result).exists()
-    with open("run/log.jsonl", "a") as file:                # as if stopped between log and checkpoint
-        file.write('{"epoch": 99}\n')
+    process = begun(module.__file__, *flags, launcher=launcher)
+    while not Path("run/checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    kill(process, number)
+    printed, errors, status = end_of(process)
+    assert status == -number and printed.count("epoch 0 lr") == 1
+    if number == signal.SIGINT:
+        assert errors.count("\n") == 1 and "--resume FOLDER goes on after" in errors
     assert "--resume" in refusal(module.main, flags)
-    assert "--layers 5 differs from 3" in refusal(module.main, ["--resume=run", "--layers=5"])
-    if name == "two processes":
-        assert "is a run of 2 processes" in refusal(module.main, ["--resume=run"])
+    said = "differs from 3" if launcher is PYTHON else "another number of processes than 1"
+    assert said in refusal(module.main, ["--resume=run", "--layers=5"])
     finish(name, f"--resume={tmp_path / 'run'}")
     assert_same_runs("run", whole(name))
-    assert Path("run", result).read_text() == (whole(name) / result).read_text()
-    assert re.search("holds a finished run|run of 2 processes", refusal(module.main, ["--resume=run"]))
+    if launcher is PYTHON:
+        assert "holds a finished run" in refusal(module.main, ["--resume=run/checkpoint.pt"])
 
 
-@both_programs
-@pytest.mark.parametrize("place", [["--device=cpu"], ["--amp"], *[
-    pytest.param(["--device=cuda", *amp], marks=cuda) for amp in ([], ["--amp"])]])
-def test_a_first_epoch_that_fails_gives_the_folder_back(monkeypatch, name, place):
-    module, result, flags = RUNS[name]
-    flags = [*flags, *place, "--epochs=2", "--limit=100", "--out=run"]
-
-    def fail(*given):
-        shutil.copytree("run", "killed")                    # what SIGKILL would leave
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="start again"):
-        patch.setattr(module, "metrics", fail)
-        module.main(flags)
-    assert os.listdir() == ["killed"]
-    module.main(flags)
-    module.main(["--resume=killed"])                        # claimed, but without an epoch
-    if "--device=cuda" not in place:                        # whose sums have no fixed order
-        assert_same_runs("run", "killed")
-    assert Path("run", result).exists() and Path("killed", result).exists()
+@pytest.mark.parametrize("module, flag, file, other", [
+    (search, "--proxy", "proxy.json", "--space=s2"),
+    (retrain, "--genotype", "classifier/genotype.json", "--genotype=GDAS")])
+def test_a_run_without_a_checkpoint_starts_again(made, module, flag, file, other):
+    shutil.copy(made / file, "file")
+    flags = [*TINY, f"{flag}=file"]
+    module.main([*flags, "--out=whole"])
+    stop_after(0, module.main, [*flags, "--out=run"])
+    shutil.copytree("run", "corrected")
+    Path("file").unlink()
+    module.main(["--resume=run"])
+    assert_same_runs("run", "whole")
+    module.main([*TINY, other, "--out=fresh"])
+    module.main([*TINY, other, "--out=corrected"])
+    assert_same_runs("fresh", "corrected")
 
 
-def test_a_search_leaves_what_it_found_and_a_retraining_keeps_where_its_cell_is_from(monkeypatch, whole):
-    out = shutil.copytree(whole("search"), "found")
-    nets = [torch.load(f"{out}/net-{epoch}.pt") for epoch in range(5)]
-    torch.manual_seed(5)
-    net = SuperNet(SPACES["s4"], 2, 3, 10, True, True)
-    assert tensors_equal(nets[0], dict(net.state_dict())) and 5e-4 < nets[0]["alphas.normal"].std() < 2e-3
-    net.load_state_dict(nets[4])
-    record, genotype = lines_of(out)[-1], load_genotype(f"{out}/genotype.json")
-    assert record["alphas"] == {kind: alpha.tolist() for kind, alpha in net.alphas.items()}
-    assert genotype == brute_derive(SPACES["s4"], net.betas())                          # of the last alphas
-    assert record["genotype"] == json.loads(to_json(genotype))
-    assert torch.serialization.get_unsafe_globals_in_checkpoint(f"{out}/checkpoint.pt") == []
-    monkeypatch.setattr(retrain, "train", lambda genotype, args, run, *place: run.begin({}, ()))
-    source = json.loads(Path("found/search.json").read_text())
-    assert source["space"] == "s4" and source["seconds"] > 0
-    for k, cell in enumerate(("found/genotype.json", "VS_DARTS", "found/genotype.json")):
-        retrain.main([*TINY, f"--genotype={cell}", f"--out={k}"])
-        assert json.loads(Path(f"{k}/config.json").read_text())["search"] == (None if k else source)
-        Path("found/genotype.json").write_text(to_json(PUBLISHED["GDAS"].genotype))     # another cell
+@pytest.mark.parametrize("epochs, lines", [(2, 0), (2, 1), (4, 0)])
+def test_a_damaged_log_is_mended_from_the_checkpoint(whole, epochs, lines):
+    stop_after(epochs, retrain.main, [*RUNS["retraining"][2], "--out=run"])
+    log = Path("run/log.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:lines]))
+    retrain.main(["--resume=run"])
+    assert_same_runs("run", whole("retraining"))
 
 
-@pytest.mark.parametrize("name, classes, size", [("retraining", 10, 8), ("two processes", 2, 32)])
-def test_a_retraining_reports_the_last_epoch(whole, capsys, name, classes, size):
-    out, errors = whole(name), [record["test_error"] for record in lines_of(whole(name))]
-    result, weights = json.loads((out / "result.json").read_text()), torch.load(out / "weights.pt")
-    assert result["test_error"] == errors[-1] and result["epoch"] == len(errors) - 1
-    assert result["best on test (optimistic)"] == min(errors) == errors[result["best_epoch"]]
-    net = Network(PUBLISHED["VS_DARTS"].genotype, 2, 3, classes, imagenet=size == 32)
-    net.load_state_dict(weights["net"])
-    assert len(weights["classes"]) == classes and result["processes"] == (2 if size == 32 else 1)
-    assert (result["parameters"], result["macs"]) == (count_parameters(net), count_macs(net, size))
-    for file in ("weights.pt", "checkpoint.pt"):
-        retrain.main([f"--evaluate={out / file}"])
-        assert f"test error {errors[-1]:.2f}%" in capsys.readouterr().out
+def test_a_folder_has_one_program_at_a_time():
+    started = search.parse([*TINY, "--out=run"])
+    first = run.Run(started, "genotype.json")
+    for args in (started, search.parse(["--resume=run"])):
+        assert "in use by a running program" in refusal(run.Run, args, "genotype.json")
+    assert json.loads(Path("run/config.json").read_text()) == vars(started)
+    del first                                               # as if its program had died
+    run.Run(started, "genotype.json")
 
 
-def test_classes_are_kept_and_compared(whole):
-    for folder in ("images", "imagenet"):
-        shutil.copytree(whole(folder), folder)
-    Path("imagenet/result.json").unlink()
-    for part in ("train", "val"):
-        Path("images", part, "dark").rename(f"images/{part}/night")
-    for flag in ("--evaluate=imagenet/weights.pt", "--resume=imagenet"):
-        assert "classes differ (dark, night)" in refusal(retrain.main, [flag, "--data=images"])
-
-
-def test_default_folders_differ_in_every_setting():
-    imagenet = ["--dataset=imagenet"], ["--dataset=imagenet", "--lr_scheduler=linear"]
-    for module, base, more in ((search, ["--larc"], []), (retrain, ["--genotype=VS_DARTS"], imagenet)):
-        names = [module.parse([*base, *flags]).out for flags in ([], *more)]
-        for action in module.make_parser()._actions:
-            integer = getattr(action.type, "__name__", "") == "whole number"
-            choices = [choice for choice in action.choices or [] if choice != action.default]
-            value = [] if action.nargs == 0 else [choices[1] if choices else "9" if integer else "0.02"]
-            if action.dest not in ("help", "larc", "data", "device", "workers", "out", "resume", "evaluate"):
-                names.append(module.parse([*base, f"--{action.dest}", *value]).out)
-        assert len(set(names)) == len(names) > 20, sorted(names)
-        assert "(default: " in module.make_parser().format_help()
-
-
-def test_files_are_never_half_written_and_of_two_starts_one_is_refused(monkeypatch):
-    net, args = nn.Linear(1, 1), search.parse([*TINY, "--out=run"])
-    first, second = (run.Run(args, "genotype.json") for _ in range(2))
-    first.begin({"net": net}, ())
-    with pytest.raises(SystemExit, match="config.json"), second:
-        second.begin({"net": net}, ())
-    assert json.loads(Path("run/config.json").read_text()) == vars(args)
+def test_files_are_never_half_written(monkeypatch):
+    net = nn.Linear(1, 1)
+    first = run.Run(search.parse([*TINY, "--out=run"]), "genotype.json")
+    first.begin({"net": net}, {})
     first.end_epoch({"loss": 0.5})
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert {path.name for path in before} == {"config.json", "log.jsonl", "checkpoint.pt"}
-    with pytest.raises((AttributeError, pickle.PicklingError)):
-        run.save({"epoch": 2, "poison": lambda: 0}, "run/checkpoint.pt")
-    assert "not finite after epoch 1" in refusal(first.end_epoch, {"loss": math.nan})
-    net.weight.data[0] = math.inf
-    assert "not finite after epoch 1" in refusal(first.end_epoch, {"loss": 0.5})
+    assert torch.serialization.get_unsafe_globals_in_checkpoint("run/checkpoint.pt") == []
+    for loss, weight in ((math.nan, 1), (0.5, math.inf)):
+        net.weight.data.fill_(weight)
+        assert "not finite after epoch 1" in refusal(first.end_epoch, {"loss": loss})
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    assert "No space left on device" in refusal(run.save, {"epoch": 2}, "run/checkpoint.pt")
+    assert "No space left on device" in refusal(run.write, first.checkpoint, b"more")
     assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def test_a_search_leaves_what_it_found(whole):
+    folder, space = whole("search"), SPACES["s4"]
+    nets = [torch.load(folder / f"net-{epoch}.pt") for epoch in (1, 4)]
+    net = SuperNet(space, 2, 3, 10, True, True)
+    net.load_state_dict(nets[1])
+    record, genotype = lines_of(folder)[-1], load_genotype(folder / "genotype.json")
+    assert not torch.equal(nets[0]["alphas.normal"], nets[1]["alphas.normal"])
+    assert record["alphas"] == {name: alpha.tolist() for name, alpha in net.alphas.items()}
+    assert genotype == brute_derive(space, net.betas())     # of the last alphas
+    assert record["genotype"] == json.loads(to_json(genotype))
+
+
+def test_a_retraining_keeps_the_search_that_its_cell_is_from(whole, monkeypatch):
+    shutil.copytree(whole("search"), "found")
+    cell, source = Path("found/genotype.json"), json.loads(Path("found/search.json").read_text())
+    assert source["space"] == "s4" and source["seconds"] > 0
+    assert "checksum" in source["train_split"]
+
+    def noted(name):
+        args = retrain.parse([*TINY, f"--genotype={name}"])
+        return retrain.source_of(args, load_genotype(name))
+    assert noted(cell) == source and noted("VS_DARTS") is None
+    cell.write_text(to_json(PUBLISHED["GDAS"].genotype))    # another one than search.json's
+    assert noted(cell) is None
+
+
+def test_a_retraining_reports_the_last_epoch(whole):
+    folder = whole("retraining")
+    errors = [record["test_error"] for record in lines_of(folder)]
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["test_error"], result["epoch"]) == (errors[-1], len(errors) - 1)
+    assert result["best_test_error"] == min(errors) == errors[result["best_epoch"]]
+    net = Network(PUBLISHED["VS_DARTS"].genotype, 2, 3)
+    net.load_state_dict(torch.load(folder / "weights.pt")["net"])
+    assert (result["parameters"], result["macs"]) == (count_parameters(net), count_macs(net, 8))
+
+
+@pytest.mark.parametrize("name", ["retraining", "imagenet", "retraining by two"])
+@pytest.mark.parametrize("file", ["", "weights.pt", "checkpoint.pt"])
+def test_a_network_is_tested_alone_as_after_its_last_epoch(whole, capsys, name, file):
+    error = lines_of(whole(name))[-1]["test_error"]
+    retrain.main([f"--evaluate={whole(name) / file}"])
+    assert f"test error {error:.2f}%" in capsys.readouterr().out
+
+
+def test_a_clock_set_back_changes_no_seconds(monkeypatch):
+    backwards = iter(range(10**9, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: next(backwards))
+    for module, flag in ((search, "--space=s2"), (retrain, "--genotype=GDAS")):
+        module.main([*TINY, flag, "--limit=8", f"--out={flag}"])
+        assert 0 < json.loads(Path(flag, "log.jsonl").read_text())["seconds"] < 100
+
+
+@pytest.mark.parametrize("terminal, said", [(False, [2, 4, 6, 8]), (True, [2, 3, 4, 5, 6, 7, 8])])
+def test_progress_says_what_is_left_and_not_too_often(monkeypatch, capsys, terminal, said):
+    clock = [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    for item in run.progress(range(9), "epoch 3", 9, images=80):
+        clock[0] += 40 if item else 500                     # the first takes longer
+    lines = [f"epoch 3: {done} of 9, {40 * (9 - done)} s left, 2 images/s" for done in said]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+@pytest.mark.parametrize("variables", [["RANK=1"], ["WORLD_SIZE=2"], ["LOCAL_RANK=1", "RANK=1"]])
+def test_what_a_cluster_sets_makes_no_search_of_several_processes(tmp_path, variables):
+    printed, errors, status = program(
+        "search.py", *TINY, "--limit=8", f"--out={tmp_path}/run", launcher=("env", *variables, *PYTHON))
+    assert (status, errors) == (0, "") and "epoch 0 lr" in printed
+    assert lines_of("run") and Path("run/genotype.json").exists()
+
+
+@pytest.mark.parametrize("reader", ["head -2", "true"])
+def test_a_search_whose_reader_leaves_says_so_by_its_status(tmp_path, reader):
+    command = shlex.join([*PYTHON, "search.py", *TINY, "--epochs=9", f"--out={tmp_path}/run"])
+    _, errors, status = program("-c", f"{command} | {reader}; exit ${{PIPESTATUS[0]}}",
+                                launcher=["bash"])
+    assert (errors, status) == ("", 1)
+
+
+def test_sigint_is_not_left_blocked():
+    class Loader:
+        def __iter__(self):
+            raise MemoryError
+    with pytest.raises(MemoryError):
+        next(data.read(Loader()))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def default_folder(command):
+    name, *flags = command.split()
+    return {"search": search, "retrain": retrain}[name].parse(flags).out
+
+
+@pytest.mark.parametrize("command", ["search --larc", "retrain --genotype=VS_DARTS"])
+def test_default_folders_differ_in_every_flag(command):
+    parser, names = {"s": search, "r": retrain}[command[0]].make_parser(), [default_folder(command)]
+    for action in parser._actions:
+        integer = getattr(action.type, "__name__", "") == "whole number"
+        choices = [choice for choice in action.choices or () if choice != action.default]
+        value = "" if action.nargs == 0 else f"={choices[-1] if choices else 9 if integer else 0.02}"
+        if action.dest not in "help larc data device workers out resume evaluate".split():
+            names.append(default_folder(f"{command} --{action.dest}{value}"))
+    assert len(set(names)) == len(names) > 20, sorted(names)
+    assert "(default: " in parser.format_help()
+
+
+@pytest.mark.parametrize("command, other", [
+    ("search --dataset=folder --data=a", "--data=b"),
+    ("search --dataset=digits", "--layers=8"),              # CIFAR-10's default
+    ("retrain --genotype=GDAS --image_size=16", "--cutout_length=16"),
+    ("retrain --genotype=GDAS --dataset=imagenet", "--lr_scheduler=linear"),
+    ("retrain --genotype=GDAS --dataset=imagenet --lr_scheduler=linear",
+     "--batch_size=128 --learning_rate=0.1")])
+def test_default_folders_differ_where_one_flag_sets_another(command, other):
+    assert default_folder(command) != default_folder(f"{command} {other}")
+
+
+@pytest.mark.parametrize("command", [
+    f"retrain --genotype=runs/{'s' * 180}/genotype.json --epochs=9 --layers=9 --momentum=0 --gamma=1",
+    f"search --proxy={'/folder' * 40}/p.json", f"search --proxy={'ö' * 120}"])
+def test_default_folders_fit_a_file_system(command):
+    names = [default_folder(f"{command} --seed={seed}") for seed in (0, 1)]
+    assert names[0] != names[1] and max(len(name.encode()) for name in names) < 255
 
 
 # ---------------------------------------------------------------- what is refused
 
-def checkpoint(name, content):
-    """Prepares `run`: unfinished, with such a checkpoint."""
-    def prepare(whole):
-        shutil.copytree(whole(name), "run")
-        Path("run", RUNS[name][1]).unlink()
+def line_of(command, capsys):
+    """The one line with which a command is refused, argparse's too."""
+    program, *arguments = shlex.split(command)
+    with pytest.raises(SystemExit) as error:
+        importlib.import_module(program).main(arguments)
+    code = error.value.code
+    line = code if isinstance(code, str) else capsys.readouterr().err.removesuffix("\n")
+    assert code and line and "\n" not in line
+    return line
+
+
+def rows(table):
+    """Of a table of commands: each, and words of the line that refuses it."""
+    return [re.split(" +-> ", row) for row in table.strip("\n").splitlines()]
+
+
+@pytest.mark.parametrize("command, said", rows("""
+search --dataset mnist                            -> invalid choice: 'mnist'
+search --epochs 0                                 -> --epochs: it must be from 1, not 0
+search --learning_rate nan                        -> from 0
+search --epoch 3                                  -> unrecognized arguments: --epoch
+search --larc_trust 0.1                           -> they need --larc
+search --larc_clip                                -> they need --larc
+search --learning_rate 0.0001                     -> is below --learning_rate_min
+search --proxy p --limit 9                        -> leave out --limit
+search --proxy p --train_portion 0.4              -> leave out --limit
+search --proxy nowhere                            -> nowhere cannot be read
+search --resume nowhere                           -> nowhere/config.json cannot be read
+search --dataset digits --device warp             -> --device warp cannot be used here
+search --dataset digits --device meta             -> --device meta cannot be used here
+search --dataset digits --train_portion 0.0001    -> too few
+search --dataset digits --out /proc/nowhere/run   -> /proc/nowhere/run cannot be written
+retrain                                           -> --genotype is needed
+retrain --genotype VS_DART                        -> VS_DART is no published cell
+retrain --genotype ''                             -> --genotype
+retrain --genotype GDAS --dataset digits --auxiliary_weight 0.4        -> 8x8 feature maps (32x32
+retrain --genotype GDAS --dataset imagenet --lr_scheduler linear --epochs 5    -> --epochs 6
+retrain --evaluate ''                             -> config.json cannot be read
+proxy --dataset digits                            -> --classifier is needed
+proxy --scheme random --out /proc/nowhere         -> --out /proc/nowhere: No such file
+genotypes nothing                                 -> genotypes.py: nothing is no published cell
+genotypes .                                       -> genotypes.py: . is no published cell
+genotypes VS_DARTS GDAS                           -> genotypes.py:
+genotypes --pt VS_DARTS                           -> genotypes.py:
+genotypes --pt_darts                              -> genotypes.py:
+genotypes --random x                              -> genotypes.py:
+genotypes --random -1                             -> genotypes.py:
+genotypes --random 1 GDAS                         -> genotypes.py:
+"""))
+def test_flags_that_cannot_be_are_refused_before_an_epoch(monkeypatch, capsys, command, said):
+    for module in (search, retrain):
+        monkeypatch.setattr(module, "train_epoch", lambda *given: 1 / 0)
+    assert said in line_of(command, capsys)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion_mnist"])
+def test_data_that_cannot_be_downloaded_is_refused(monkeypatch, capsys, name):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *given, **options: 1 / 0)
+    line = line_of(f"search --dataset {name} --device cpu", capsys)
+    assert re.search("cannot be read under data .*needs no files|pip install scipy", line)
+
+
+@pytest.mark.parametrize("command", ["search --space s2", "retrain --genotype GDAS"])
+def test_a_diverging_run_is_refused(capsys, command):
+    huge = "--learning_rate 1e9 --weight_decay 1e9 --grad_clip 1e9 --limit 40"
+    said = line_of(" ".join([command, *TINY, huge]), capsys)
+    assert "not finite after epoch 0: try a smaller --learning_rate" in said
+
+
+GIVEN = str(PUBLISHED["DARTS_V2"].genotype)
+
+
+@pytest.mark.parametrize("change, said", rows("""
+                                            -> neither JSON nor
+__import__('os').abort()                    -> neither JSON nor
+Genotype()                                  -> four fields
+{}                                          -> four fields
+[1, 2, 3, 4]                                -> normal must be a list
+reduce=: other=                             -> four fields
+(2, 3, 4, 5): __import__('os').abort()      -> neither JSON nor
+(2, 3, 4, 5): range(2, 10**12)              -> neither JSON nor
+(2, 3, 4, 5): (2, 7)                        -> normal_concat must list nodes of the cell from 2 to 5
+(2, 3, 4, 5): (2, 2)                        -> normal_concat must list nodes of the cell from 2 to 5
+(2, 3, 4, 5): ()                            -> normal_concat must list nodes of the cell from 2 to 5
+('dil_conv_3x3', 2): ('exit', 2)            -> normal, node 5: ('exit', 2) is not
+('dil_conv_3x3', 2): ('dil_conv_3x3', 5)    -> normal, node 5: the source 5
+('dil_conv_3x3', 2): ('dil_conv_3x3', True) -> normal, node 5: the source True
+"""))
+def test_text_that_is_no_cell_is_refused_with_an_example(capsys, change, said):
+    """change: the whole text, or OLD: NEW in that of a cell."""
+    old, new = change.split(": ") if ": " in change else (GIVEN, change)
+    Path("cell").write_text(GIVEN.replace(old, new))
+    line = line_of("genotypes cell", capsys)
+    assert said in line and "Genotype(normal=" in line
+
+
+def test_a_text_that_is_too_deep_or_has_two_cells_is_refused(capsys):
+    for text, said in (("[" * 200000, "neither JSON nor"),
+                       (f"A = {GIVEN}\nB = {GIVEN.replace('dil', 'sep')}", "genotypes (A, B)")):
+        Path("cell").write_text(text)
+        assert said in line_of("genotypes cell", capsys)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"PK", pickle.dumps({"a": 1}), pickle.dumps(Path("x")), {"epoch": 1}, {"facts": 3},
+    {"facts": {"classes": [*"0123456789"], "spec": 1}}, [1]], ids=str)
+@pytest.mark.parametrize("command, name", [
+    ("search --resume run", "search"), ("retrain --resume run", "retraining"),
+    ("retrain --evaluate run/checkpoint.pt", "retraining")])
+def test_a_file_that_is_no_checkpoint_is_refused(whole, capsys, content, command, name):
+    unfinished(whole(name))
+    if isinstance(content, bytes):
+        Path("run/checkpoint.pt").write_bytes(content)
+    else:
         torch.save(content, "run/checkpoint.pt")
-        if isinstance(content, bytes):
-            Path("run/checkpoint.pt").write_bytes(content)
-    return prepare
+    said = "is not a readable checkpoint|does not fit this run|holds no network of this run"
+    assert re.search(said, line_of(command, capsys))
+
+
+def unfinished(folder):
+    """A copy of a run, as `run`, without its result."""
+    shutil.copytree(folder, "run")
+    for path in Path("run").glob("*.json"):
+        if path.name == ("genotype.json" if "search" in folder.name else "result.json"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("--resume=run", "by another version of retrain.py, without label_smooth, layers"),
+    ("--evaluate=run", "run/weights.pt holds no network of this run")])
+def test_a_run_of_another_version_is_refused(whole, flag, said):
+    unfinished(whole("retraining"))
+    config = json.loads(Path("run/config.json").read_text())
+    del config["label_smooth"], config["layers"]
+    Path("run/config.json").write_text(json.dumps(config))
+    assert said in refusal(retrain.main, [flag])
+
+
+@pytest.mark.parametrize("file, content", [
+    ("run/notes.txt", "mine"), ("run/config.json", '{"lr": 1}'), ("run/config.json", "[1"),
+    ("run", "no folder")])
+def test_what_a_user_has_in_a_folder_is_left_as_it_is(file, content):
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).write_text(content)
+    before = {*Path().rglob("*")}
+    assert refusal(search.main, [*TINY, "--out=run"]).startswith("run")
+    assert {*Path().rglob("*")} == before and Path(file).read_text() == content
+
+
+def test_runs_may_be_a_link_to_what_is_not_there_yet():
+    Path("runs").symlink_to("disk/runs")
+    search.main([*TINY, "--limit=8", "--out=runs/one"])
+    assert Path("disk/runs/one/genotype.json").exists()
+
+
+RETRAIN = f"retrain {' '.join(TINY)} --genotype GDAS --data images --workers 0 --epochs 2 --out run"
+both_kinds = pytest.mark.parametrize("dataset", ["folder", "imagenet"])
+
+
+@both_kinds
+@pytest.mark.parametrize("change, said", rows("""
+rm -r images/val                                    -> images/val/CLASS/IMAGE is needed
+cd images/val; mv dark/* .; rm -r dark light        -> images/val/CLASS/IMAGE is needed
+cd images/val; rm -r dark; mv light .light          -> images/val/CLASS/IMAGE is needed
+rm -r images/val/dark                               -> with more classes than light
+mv images/val/dark images/val/night                 -> the classes differ (dark, night)
+echo no picture > images/val/dark/1.png             -> val/dark/1.png cannot be read
+"""))
+def test_a_tree_of_images_that_cannot_be_read_is_refused(capsys, dataset, change, said):
+    make_folder("images", (8, 8))
+    subprocess.run(change, shell=True, check=True)
+    assert said in line_of(f"{RETRAIN} --dataset {dataset} --image_size 8", capsys)
+
+
+@both_kinds
+@pytest.mark.parametrize("change, said", rows("""
+rm others/train/dark/1.png                          -> the train_split was
+mv others/val/dark/1.png others/val/light/9.png     -> the test_split was
+cp -r others/train/dark others/train/night; cp -r others/val/dark others/val/night -> differ (night)
+"""))
+def test_a_run_does_not_go_on_with_other_images(dataset, change, said):
+    make_folder("images", (8, 8))
+    stop_after(1, retrain.main, shlex.split(f"{RETRAIN} --image_size 8 --dataset {dataset}")[1:])
+    shutil.copytree("images", "others")
+    subprocess.run(change, shell=True, check=True)
+    assert said in refusal(retrain.main, ["--resume=run", "--data=others"])
+
+
+def test_a_run_does_not_go_on_with_an_image_that_was_changed():
+    make_folder("images", (8, 8))
+    stop_after(1, retrain.main, shlex.split(f"{RETRAIN} --image_size 8 --dataset folder")[1:])
+    shutil.copy("images/val/dark/1.png", "images/val/dark/2.png")
+    assert "the test_split was 12 images" in refusal(retrain.main, ["--resume=run"])
 
 
 def long_text(path):
@@ -1318,122 +1596,56 @@ def long_text(path):
     Image.new("RGB", (64, 64)).save(path, pnginfo=info)
 
 
-FIT = "--dataset digits --limit 40 --layers 3 --init_channels 2"
-BAD = [  # a command, words of the line that refuses it, and what is prepared
-    ("search --dataset mnist", "invalid choice: 'mnist'"),
-    ("search --epochs 0", "--epochs: it must be from 1, not 0"),
-    ("search --learning_rate nan", "from 0"),
-    ("search --epoch 3", "unrecognized arguments: --epoch"),
-    ("search --larc_trust 0.1", "they need --larc"), ("search --larc_clip", "they need --larc"),
-    ("search --learning_rate 0.0001", "--learning_rate 0.0001"),
-    ("search --resume nowhere", "nowhere/config.json cannot be read"),
-    ("search --dataset digits --device warp", "--device warp cannot be used here"),
-    ("search --dataset digits --device meta", "--device meta cannot be used here"),
-    ("search --dataset digits --train_portion 0.0001", "too few"),
-    (f"search {FIT} --out /proc/nowhere/run", "/proc/nowhere"),
-    (f"search {FIT} --learning_rate 1e9 --grad_clip 1e9 --weight_decay 1e9", "not finite after epoch 0"),
-    (f"retrain {FIT} --genotype GDAS --learning_rate 1e9 --weight_decay 1e9", "not finite after epoch 0"),
-    ("retrain", "--genotype is needed"),
-    ("retrain --genotype VS_DART", "VS_DART is no published cell"),
-    ("retrain --genotype ''", "--genotype"),
-    ("retrain --genotype GDAS --dataset digits --auxiliary_weight 0.4", "8x8 feature maps .32x32 images."),
-    ("retrain --genotype GDAS --dataset imagenet --data nowhere", "nowhere/val/CLASS/IMAGE is needed"),
-    ("retrain --genotype GDAS --dataset imagenet --lr_scheduler linear --epochs 5", "--epochs 6"),
-    ("retrain --evaluate ''", "config.json cannot be read"),
-    ("retrain --resume run", "is not a run of retrain.py", checkpoint("search", b"")),
-]
-for words in ("nothing", ".", "VS_DARTS GDAS", "--pt_darts", "--pt VS_DARTS", "--random", "--random x",
-              "--random -1", "--random 1 GDAS"):
-    BAD.append((f"genotypes {words}", "^genotypes.py: "))
-for name in ("cifar10", "cifar100", "svhn", "fashion_mnist"):
-    said = f"{name} cannot be read under data .*--dataset digits needs no files|pip install scipy"
-    BAD.append((f"search --dataset {name}", said))
-for content in (b"", b"PK", pickle.dumps({"a": 1}), pickle.dumps(Path("x")), {"epoch": 1}, {"net": 3},
-                {"net": {"x": torch.ones(1)}, "classes": []}, {1: 2}, [1]):
-    said = "is not a readable checkpoint|does not fit this run|holds no network of this run"
-    BAD += [("search --resume run", said, checkpoint("search", content)),
-            ("retrain --resume run", said, checkpoint("retraining", content)),
-            ("retrain --evaluate run/checkpoint.pt", said, checkpoint("retraining", content))]
-for dataset, (said, spoil) in product(("folder", "imagenet"), [
-        ("images/val/CLASS/IMAGE is needed", shutil.rmtree),
-        ("images/val/CLASS/IMAGE is needed",                # flat, as ImageNet's is downloaded
-         lambda val: (shutil.rmtree(val), shutil.copytree("images/train/dark", val))),
-        ("images/val/CLASS/IMAGE is needed",                # hidden folders only
-         lambda val: (shutil.rmtree(val / "dark"), (val / "light").rename(val / ".light"))),
-        ("images/val/CLASS/IMAGE .*light", lambda val: shutil.rmtree(val / "dark")),
-        (r"images.* differ \(dark, night\)", lambda val: (val / "dark").rename(val / "night")),
-        ("val/dark/1.png cannot be read", lambda val: (val / "dark/1.png").write_bytes(b"no picture")),
-        ("val/dark/1.png cannot be read", lambda val: long_text(val / "dark/1.png")),
-        *[(f"val/dark/1.tif cannot be read .*mode {mode}", lambda val, mode=mode:
-           Image.new(mode, (8, 8)).save(val / "dark/1.tif")) for mode in ("I;16", "I", "F")]]):
-    BAD.append((f"retrain --genotype GDAS --dataset {dataset} --data images --image_size 8 --layers 3 "
-                "--init_channels 2 --workers 0", said,
-                lambda whole, spoil=spoil: (make_folder("images", (8, 8)), spoil(Path("images/val")))))
+def two_pages(path):
+    page = Image.new("RGB", (8, 8))
+    page.save(path, save_all=True, append_images=[page])
 
 
-@pytest.mark.parametrize("command, words, prepare", [row if len(row) == 3 else (*row, id) for row in BAD])
-def test_bad_input_ends_in_one_line_and_leaves_nothing(monkeypatch, capsys, whole, command, words, prepare):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *given, **options: 1 / 0)      # no network
-    prepare(whole)
-    before = [*Path().rglob("*")]
-    module, *arguments = shlex.split(command)
-    with pytest.raises(SystemExit) as error:
-        {"search": search, "retrain": retrain, "genotypes": genotypes}[module].main(arguments)
-    code = error.value.code
-    line = code if isinstance(code, str) else capsys.readouterr().err.removesuffix("\n")
-    assert code and re.search(words, line) and "\n" not in line
-    left = {path for path in Path().rglob("*") if path.parts[0] != "data"}               # torchvision's
-    assert left - {Path("runs")} == {path for path in before if path.parts[0] != "data"}
+@pytest.mark.parametrize("draw, said", [
+    (long_text, "."), (two_pages, "2 pages"),
+    *[(Image.new(mode, (8, 8)).save, f"mode {mode}") for mode in ("I;16", "I", "F")]])
+def test_pictures_that_are_not_one_of_eight_bits_are_refused(draw, said):
+    name = "1.png" if draw is long_text else "1.tif"
+    draw(name)
+    with pytest.raises(data.ImageError, match=f"{name} cannot be read .*{said}"):
+        data.read_image(name)
 
 
 @pytest.mark.parametrize("launcher, lines", [(PYTHON, 1), (TORCHRUN, None)])
 def test_an_image_that_a_worker_cannot_read_ends_all_processes(tmp_path, launcher, lines):
     make_folder("images")
     long_text("images/train/dark/0.png")
-    flags = [*IMAGENET, f"--data={tmp_path / 'images'}", f"--out={tmp_path / 'run'}"]
+    flags = [*RUNS["imagenet"][2], f"--data={tmp_path}/images", f"--out={tmp_path}/run"]
     _, errors, status = program("retrain.py", *flags, launcher=launcher)
     assert status == 1 and errors.count("images/train/dark/0.png cannot be read") == 1, errors
     assert 'retrain.py", line' not in errors and lines in (None, errors.count("\n"))
-    assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("main, flag", [(search.main, "--space=s2"), (retrain.main, "--genotype=VS_DARTS")])
-def test_tf32_and_bfloat16_come_with_amp_alone(main, flag):
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    for amp in (True, False):                               # ends with TF32 off, for the tests after this one
-        for backend in backends:
-            backend.allow_tf32 = not amp
-        main([*TINY, flag, *["--amp"] * amp, "--limit=8", f"--out={amp}"])
-        assert [backend.allow_tf32 for backend in backends] == [amp, amp]
-    (bfloat16,), (float32,) = lines_of("True"), lines_of("False")
-    assert bfloat16["train_loss"] != float32["train_loss"]
+@pytest.mark.parametrize("dataset, command, said", [
+    ("folder", "cp others/val/dark/1.png others/val/dark/2.png", "the test_split was"),
+    *[(dataset, *row) for dataset in ("folder", "imagenet") for row in (
+        ("rm others/train/dark/1.png", "the train_split was"),
+        ("mv others/val/dark/1.png others/val/light/9.png", "the test_split was"),
+        ("for p in train val; do cp -r others/$p/dark others/$p/night; done", "differ (night)"))]])
+def test_a_run_does_not_go_on_with_other_images(dataset, command, said):
+    make_folder("images")
+    stop_after(1, retrain.main, [*shlex.split(RETRAIN)[1:], f"--dataset={dataset}", "--out=run"])
+    shutil.copytree("images", "others")
+    subprocess.run(command, shell=True, check=True)
+    assert said in refusal(retrain.main, ["--resume=run", "--data=others"])
 
 
 # ---------------------------------------------------------------- proxy data, several processes
 
-PUBLISHED_COUNTS = """1 0 0 0 0 0 1 3 3 4 6 15 11 27 40 62 131 168 288 373 495 602 874 1057 1332 1674 1940
-    2260 2468 2655 2831 3088 2989 3276 3408 3439 3442 3239 2892 2329 1600 949 28""".split()
-DIGITS = "--dataset digits --device cpu --layers 3 --init_channels 2 --epochs 1".split()
-TOGETHER = [*DIGITS, *"--epochs 3 --space s4 --node_norm --larc --sqrt_beta --batch_size 128".split()]
-
-
-def plain(value):                                           # lists for tensors, so that == compares a state
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
-    return value.tolist() if torch.is_tensor(value) else value
-
-
-def contents(folder):
-    records = [json.loads(line) | {"seconds": 0, "images/s": 0} for line in open(folder / "log.jsonl")]
-    return records, plain(torch.load(folder / "checkpoint.pt")), (folder / "genotype.json").read_text()
+PUBLISHED_COUNTS = """1 0 0 0 0 0 1 3 3 4 6 15 11 27 40 62 131 168 288 373 495 602 874 1057 1332
+    1674 1940 2260 2468 2655 2831 3088 2989 3276 3408 3439 3442 3239 2892 2329 1600 949 28"""
 
 
 def test_entropy_is_that_of_the_softmax():
     logits = torch.tensor([[0.0, 0, 0], [1, 2, 3], [0, 60, 0], [2000, 0, 0]])
-    batches = SimpleNamespace(steps=2, epoch=lambda epoch: [(part, None) for part in logits.split(3)])
-    for row, value in zip(logits.tolist(), proxy.entropies(torch.clone, batches).tolist(), strict=True):
-        p = [math.exp(x - max(row)) / sum(math.exp(y - max(row)) for y in row) for x in row]
-        assert value == pytest.approx(-sum(q * math.log(q) for q in p if q > 0), rel=1e-9)
+    batches = SimpleNamespace(steps=2, epoch=lambda epoch: zip(logits.split(3), "ab"))
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    np.testing.assert_allclose(proxy.entropies(torch.clone, batches), expected, rtol=1e-9)
 
 
 def test_histogram_equals_a_slow_one_and_takes_zeros_and_edges():
@@ -1442,187 +1654,229 @@ def test_histogram_equals_a_slow_one_and_takes_zeros_and_edges():
         edges, bins = proxy.histogram(entropy, width)
         assert np.diff(edges) == pytest.approx(width)
         assert edges[1] > math.log10(entropy.min()) and edges[-2] < math.log10(entropy.max())
-        assert all(edges[k] < math.log10(value) < edges[k + 1] for value, k in zip(entropy, bins))
+        assert all(edges[k] < math.log10(x) < edges[k + 1] for x, k in zip(entropy, bins))
     edges, bins = proxy.histogram(np.array([0, 1e-2, 0.02, 0.1, 0.5, 1]), 0.5)
     assert edges.tolist() == [-2, -1.5, -1, -0.5, 0] and bins.tolist() == [0, 0, 0, 2, 3, 3]
     assert [part.tolist() for part in proxy.histogram(np.ones(3), 0.5)] == [[0, 0.5], [0, 0, 0]]
 
 
 def test_the_published_histogram_and_the_weights_of_its_bins():
-    counts = np.array(PUBLISHED_COUNTS, int)                       # CIFAR-10's; 38 bins have images
-    edges, bins = proxy.histogram(10 ** np.repeat(-20.75 + 0.5 * np.arange(43), counts), 0.5)
-    assert edges == pytest.approx(-21 + 0.5 * np.arange(44)) and (np.bincount(bins) == counts).all()
-    closed = {"p1": lambda n: (3443 - n) / (38 * 3443 - 50000), "p2": lambda n: 1 / 38,
-              "p3": lambda n: 1 / n / sum(1 / m for m in counts if m), "random": lambda n: n / 50000}
-    for scheme, weight in closed.items():
-        weights = proxy.bin_weights(counts, scheme)
-        assert weights.sum() == pytest.approx(1)
-        assert weights.tolist() == pytest.approx([weight(n) if n else 0 for n in counts], rel=1e-9)
+    counts = np.array(PUBLISHED_COUNTS.split(), int)        # CIFAR-10's; 38 bins have images
+    entropy = 10 ** np.repeat(-20.75 + 0.5 * np.arange(43), counts)
+    edges, bins = proxy.histogram(entropy, 0.5)
+    assert edges == pytest.approx(-21 + 0.5 * np.arange(44))
+    assert (np.bincount(bins) == counts).all()
+    n = counts[counts > 0]
+    for scheme, weights in {"p1": (3443 - n) / (38 * 3443 - 50000), "p2": 0 * n + 1 / 38,
+                            "p3": 1 / n / (1 / n).sum(), "random": n / 50000}.items():
+        found = proxy.bin_weights(counts, scheme)
+        assert found[counts > 0] == pytest.approx(weights) and found[counts == 0].sum() == 0
 
 
 @pytest.mark.parametrize("scheme, p", [
     ("p1", [1 / 2, 3 / 16, 3 / 16, *[1 / 32] * 4]), ("p2", [1 / 3, 1 / 6, 1 / 6, *[1 / 12] * 4]),
     ("p3", [4 / 7, 1 / 7, 1 / 7, *[1 / 28] * 4]), ("random", [1 / 7] * 7)])
 def test_images_are_drawn_without_replacement_as_often_as_their_bins_say(scheme, p):
-    pairs = np.array([proxy.draw(np.array([0, 1, 1, 3, 3, 3, 3]), scheme, 2, seed) for seed in range(3000)])
-    assert (pairs[:, 0] != pairs[:, 1]).all()               # and both halves are alike:
-    for i in range(7):
-        second = sum(p[j] * p[i] / (1 - p[j]) for j in range(7) if j != i)
-        assert (pairs == i).mean(0) == pytest.approx([(p[i] + second) / 2] * 2, abs=0.03)
+    bins, p = np.array([0, 1, 1, 3, 3, 3, 3]), np.array(p)
+    pairs = np.array([proxy.draw(bins, scheme, 2, seed) for seed in range(3000)])
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    second = p * ((p / (1 - p)).sum() - p / (1 - p))        # after any other one
+    for place in (0, 1):                                    # both halves are alike
+        counts = np.bincount(pairs[:, place], minlength=7)
+        assert counts / 3000 == pytest.approx((p + second) / 2, abs=0.03)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    """A folder with a trained classifier, and the proxy file that it made."""
     folder = tmp_path_factory.mktemp("proxy")
-    retrain.main([*DIGITS, "--genotype=VS_DARTS", f"--out={folder}/classifier"])
-    proxy.main(["--dataset=digits", f"--classifier={folder}/classifier/weights.pt", "--fraction=0.25",
-                f"--out={folder}/proxy.json"])
+    retrain.main([*TINY, "--genotype=GDAS", "--batch_size=16", f"--out={folder}/classifier"])
+    proxy.main([*chosen_by(folder), "--fraction=0.25", f"--out={folder}/proxy.json"])
     return folder
 
 
-def test_the_file_says_what_was_drawn_and_from_what(made, capsys):
-    path, held = made / "classifier/weights.pt", json.loads((made / "proxy.json").read_text())
-    drawn = held["w"] + held["alpha"]
-    assert (len(held["w"]), len(held["alpha"]), len(set(drawn)), held["images"]) == (179, 180, 359, 1437)
-    assert held["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    net, _ = retrain.load_network(path, retrain.parse([f"--evaluate={path}"]), torch.device("cpu"))
-    split = data.load("digits", "data", True)
+def chosen_by(folder):
+    return ["--dataset=digits", f"--classifier={folder}/classifier/weights.pt"]
+
+
+def digits(train):
+    args = SimpleNamespace(dataset="digits", data="data", image_size=None, limit=None)
+    return data.open_split(args, train, CPU)
+
+
+@torch.no_grad()
+def slow_entropies(weights, split):
+    """By a network of digits.npz, in double precision."""
+    net, _ = retrain.load_network(weights, CPU)
     p = net.eval()(data.normalize(split.images, split.spec))[0].double().softmax(1)
-    entropy = -(p * p.log()).sum(1).detach().numpy()
+    return -(p * p.log()).sum(1).numpy()
+
+
+def test_the_file_says_what_was_drawn_and_from_what(made, capsys):
+    weights, held = made / "classifier/weights.pt", json.loads((made / "proxy.json").read_text())
+    drawn, split = held["w"] + held["alpha"], digits(True)
+    assert (len(held["w"]), len(held["alpha"]), len(set(drawn))) == (179, 180, 359)
+    assert held["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert held["split"] == split.name and "1437 images" in split.name
+    entropy = slow_entropies(weights, split)
     assert [held["mean"], held["max"]] == pytest.approx([entropy.mean(), entropy.max()], rel=1e-5)
-    assert held["counts"] == np.histogram(np.log10(entropy), held["bins"])[0].tolist()
-    assert held["chosen"] == np.histogram(np.log10(entropy[drawn]), held["bins"])[0].tolist()
+    for key, part in (("counts", entropy), ("chosen", entropy[drawn])):
+        assert held[key] == np.histogram(np.log10(part), held["bins"])[0].tolist()
     proxy.main([f"--show={made}/proxy.json"])
-    rows = [row.split() for row in capsys.readouterr().out.splitlines()[2:]]
-    assert [(int(row[3]), int(row[5])) for row in rows] == list(zip(held["counts"], held["chosen"]))
-    with pytest.raises(SystemExit, match="exists: choose another name"):
-        proxy.main(["--dataset=digits", f"--classifier={path}", f"--out={made}/proxy.json"])
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[3:]]
+    assert [int(row[3]) for row in rows] == held["counts"]
+    assert [int(row[5]) for row in rows] == held["chosen"]
 
 
-def test_a_search_sees_the_two_halves_and_keeps_them(made, tmp_path):
-    held, split = json.loads((made / "proxy.json").read_text()), data.load("digits", "data", True)
-    (tmp_path / "copy.json").write_text(json.dumps(held))
-    flags = [*DIGITS, "--space=s2", f"--proxy={tmp_path}/copy.json", f"--out={tmp_path}/run"]
-    parts = search.make_parts(search.parse(flags))
+def test_a_network_tests_and_ranks_images_as_it_was_trained_on_them(made, capsys):
+    """Digits again, as pictures in a folder: another data set by its name, size and deviation."""
+    weights, split = made / "classifier/weights.pt", digits(False)
+    for k, (image, label) in enumerate(zip(split.images, split.labels)):
+        folder = Path("images/val", str(label.item()))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(folder / f"{k}.png")
+    for flags in ([], ["--dataset=folder", "--data=images"]):
+        retrain.main([f"--evaluate={weights}", *flags])
+    *_, first, _, again = capsys.readouterr().out.splitlines()
+    assert first.partition(":")[2] == again.partition(":")[2]
+    Path("images/train").symlink_to("val")
+    proxy.main([f"--classifier={weights}", "--dataset=folder", "--data=images", "--out=p"])
+    held = json.loads(Path("p").read_text())
+    assert held["mean"] == pytest.approx(slow_entropies(weights, split).mean(), rel=1e-5)
+
+
+def test_of_two_proxies_with_one_name_one_is_refused_and_a_failed_one_leaves_none(made, monkeypatch):
+    flags = [*chosen_by(made), "--out=p"]
+
+    def second(args):
+        assert "File exists; choose another name" in refusal(proxy.main, flags)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(proxy, "make_proxy", second)
+        proxy.main(flags)
+    assert not Path("p").exists()
+
+
+def test_a_random_draw_needs_no_classifier_and_no_torchrun(monkeypatch, capsys):
+    make_folder("images")
+    monkeypatch.setattr(proxy, "resnet50", lambda **given: 1 / 0)
+    flags = ["--data=images", "--scheme=random", "--fraction=0.5", "--out=p"]
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy, "WORLD", 2)
+        assert "start it without torchrun" in refusal(proxy.main, flags)
+    proxy.main(flags)
+    assert "p: 3 images for w, 3 for alpha, of the 12 images" in capsys.readouterr().out
+    search.main([*TINY, *IMAGENET, "--data=images", "--workers=0", "--proxy=p", "--out=run"])
+    assert "3 images for w, 3 for alpha" in capsys.readouterr().out
+
+
+def test_a_search_sees_the_two_halves(made):
+    held, split = json.loads((made / "proxy.json").read_text()), digits(True)
+    parts = search.make_parts(search.parse([*TINY, f"--proxy={made}/proxy.json"]))
     for half, batches in zip(("w", "alpha", "alpha"), parts[-3:]):
         assert all(map(torch.equal, batches.split[:2], split.take(held[half])[:2]))
-    search.main(flags)
-    (tmp_path / "run/genotype.json").rename(tmp_path / "copy.json")
-    search.main([f"--resume={tmp_path}/run"])               # by its own copy
 
 
-@pytest.mark.parametrize("change, flag, said", [
-    ({"dataset": "svhn"}, "", "1437 images of svhn"), ({"images": 1436}, "", "1436 images of digits"),
-    ({"w": [3, 4, 4]}, "", "an image twice"), ({"w": [2, 1437]}, "", "one that is not there"),
-    ({"w": [-1, 2]}, "", "one that is not there"), ({"program": "search.py"}, "", "not written by proxy.py"),
-    ({}, "--limit=9", "leave out"), ({}, "--train_portion=0.4", "leave out"), ({}, "--proxy=p", "p cannot")])
-def test_what_does_not_fit_is_refused_and_no_folder_taken(made, tmp_path, change, flag, said):
-    (tmp_path / "p.json").write_text(json.dumps(json.loads((made / "proxy.json").read_text()) | change))
-    with pytest.raises(SystemExit, match=said):
-        search.main([*DIGITS, f"--proxy={tmp_path}/p.json", f"--out={tmp_path}/run", *flag.split()])
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("change, said", [
+    ({"split": "1437 images of other classes"}, "is about 1437 images of other classes"),
+    ({"program": "search.py"}, "was not written by proxy.py")])
+def test_a_proxy_file_of_other_images_is_refused(made, change, said):
+    Path("p").write_text(json.dumps(json.loads((made / "proxy.json").read_text()) | change))
+    assert said in refusal(search.main, [*TINY, "--proxy=p", "--out=run"])
 
 
 def test_the_super_network_for_imagenet_is_that_of_the_source():
     with torch.device("meta"):
-        net = search.SuperNet(search.SPACES["darts"], 16, 8, 1000, imagenet=True)
-        images = torch.zeros(2, 3, 224, 224)
-        s0, logits = net.stem(images), net(images)
-        assert (s0.shape, net.stem1(s0).shape, logits.shape) == ((2, 48, 56, 56), (2, 48, 28, 28), (2, 1000))
-    assert net.stem[0].weight.shape == (24, 3, 3, 3) and sum(w.numel() for w in net.weights) == 2_215_648
-    with pytest.raises(SystemExit, match="python proxy.py --dataset imagenet"):
-        search.main(["--dataset=imagenet"])
+        net, images = SuperNet(SPACES["darts"], 16, 8, 1000, imagenet=True), torch.zeros(2, 3, 224, 224)
+        s0 = net.stem(images)
+        assert (s0.shape, net.stem1(s0).shape) == ((2, 48, 56, 56), (2, 48, 28, 28))
+    assert net.stem[0].weight.shape == (24, 3, 3, 3)
+    assert sum(w.numel() for w in net.weights) == 2_215_648
 
 
-def test_a_killed_imagenet_search_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for k, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (20, 20, 24, 3), np.uint8)):
-        (folder := Path(f"data/train/{k % 2}")).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / f"{k}.png")
-    held = {"program": "proxy.py", "dataset": "imagenet", "images": 20, "w": [*range(8)]}
-    Path("p").write_text(json.dumps(held | {"alpha": [*range(9, 20)]}))                 # a batch more than w
-    flags = "--dataset imagenet --proxy p --image_size 16 --space s4 --batch_size 3 --epochs 2".split()
-    search.main([*DIGITS, *flags, "--workers=0", "--out=whole"])
-    parts = search.make_parts(args := search.parse([*flags, "--workers=2"]))
-    assert len(parts.net.stem1) == 3 and not torch.equal(parts.w_batches[0, 5][0], parts.w_batches[1, 5][0])
-    batches = [images for (images, _), _ in zip(parts.alpha_batches.stream(0), range(5))]
-    assert torch.equal(batches[3], next(parts.alpha_batches.stream(3))[0])
-    images = torch.cat([images for images, _ in proxy.read_images(args, torch.device("cpu")).epoch(0)])
-    assert torch.equal(images, torch.stack([image for image, _ in data.imagenet_folder(args, True, False)]))
-    def end_epoch_and_die(self, record, end_epoch=run.Run.end_epoch):
-        end_epoch(self, record)
-        raise KeyboardInterrupt
-    for workers in "02":
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(run.Run, "end_epoch", end_epoch_and_die)
-            search.main([*DIGITS, *flags, f"--workers={workers}", f"--out={workers}"])
-        search.main([f"--resume={workers}"])
-        assert contents(Path(workers)) == contents(Path("whole"))
+def test_an_imagenet_search_is_the_same_with_any_number_of_workers(whole):
+    flags = [*RUNS["search of imagenet"][2], f"--data={whole('images')}", "--workers=0"]
+    search.main([*flags, "--out=run"])
+    assert_same_runs("run", whole("search of imagenet"))
+    parts = search.make_parts(search.parse(flags))
+    assert len(parts.net.stem1) == 3 and parts.w_batches.steps == 3     # 40 images in halves
+    first, again = (parts.w_batches[epoch, 5][0] for epoch in (0, 1))
+    assert not torch.equal(first, again)
+    streamed = [images for (images, _), _ in zip(parts.alpha_batches.stream(0), range(5))]
+    assert torch.equal(streamed[4], next(parts.alpha_batches.stream(4))[0])
 
 
-def gradients(rank, world):
-    """After a step of alpha's and one of w's, clipped; in eval mode, where batch norm sees no batch."""
+def test_an_error_of_the_device_keeps_all_its_lines(whole, monkeypatch):
+    args = search.parse([*IMAGENET, f"--data={whole('images')}", "--workers=0"])
+    batches = data.make_batches(data.open_split(args, True, CPU), 8, 0)
+
+    def fail(tensor, *given, to=torch.Tensor.to, **options):
+        if CPU in given:
+            raise RuntimeError("CUDA error: illegal memory access\nFor debugging consider ...")
+        return to(tensor, *given, **options)
+    monkeypatch.setattr(torch.Tensor, "to", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        next(batches.epoch(0))
+
+
+def gradients():
+    """After a step of alpha's and one of w's, clipped; in eval mode, where no batch is normalized."""
     torch.manual_seed(0)
-    net = search.SuperNet(search.SPACES["s2"], 4, 3, 10, node_norm=True, sqrt_beta=True).eval()
-    batch = next(data.Batches(data.load("digits", "", True), 24, 0, rank=rank, world=world).epoch(0))
+    net = SuperNet(SPACES["s2"], 4, 3, 10, node_norm=True, sqrt_beta=True).eval()
+    batch = next(data.Batches(digits(True), 24, 0).epoch(0))
     search.alpha_step(net, torch.optim.SGD(net.alphas.values(), 0.0), *batch)
-    alpha_gradients = [alpha.grad.clone() for alpha in net.alphas.values()]
+    alphas = [alpha.grad.clone() for alpha in net.alphas.values()]
     search.weight_step(net, torch.optim.SGD(net.weights, 0.0), *batch, grad_clip=0.1)
-    return alpha_gradients + [w.grad for w in net.weights]
+    return alphas + [w.grad for w in net.weights]
 
 
-def one_of_two(folder):
-    """What torchrun starts: those two steps, the states after every step of an epoch, and a whole search."""
-    rank, world = run.join()
-    found, states, parts = gradients(rank, world), [], search.make_parts(search.parse(TOGETHER))
-    for w_batch, alpha_batch in zip(parts.w_batches.epoch(0), parts.alpha_batches.stream(0)):
-        search.alpha_step(parts.net, parts.alpha_optimizer, *alpha_batch)
-        search.weight_step(parts.net, parts.w_optimizer, *w_batch, grad_clip=5)
-        optimizers = parts.w_optimizer.state_dict()["state"], parts.alpha_optimizer.state_dict()["state"]
-        states.append([plain(part) for part in (dict(parts.net.named_parameters()), *optimizers)])
-    search.epoch_line = lambda record: states.append([record["train_loss"], record["valid_loss"]])
-    search.main([*TOGETHER, f"--out={folder}/whole"])
-    torch.save({"gradients": found, "states": states, "noise": torch.initial_seed()}, f"{folder}/{rank}.pt")
+def one_of_two(arguments):
+    """What each of two processes does: those two steps, then a search. It saves what it has."""
+    saved, real = {"gradients": gradients()}, search.finish
+
+    def finish(run, *given):
+        saved.update(net=run.parts["net"].state_dict(), noise=torch.initial_seed(),
+                     optimizer=run.parts["w_optimizer"].state_dict())
+        real(run, *given)
+    search.finish = finish
+    search.main([*RUNS["search by two"][2], f"--out={arguments[1]}/run"])
+    torch.save(saved, f"{arguments[1]}/{run.RANK}.pt")
 
 
-def test_two_processes_equal_one_stay_equal_and_go_on_after_a_kill(tmp_path):
-    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
-    subprocess.run([*torchrun, __file__, "one_of_two", tmp_path], check=True)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    torch.testing.assert_close(first["gradients"], gradients(0, 1), rtol=1e-4, atol=1e-8)
-    assert len(first["states"]) == 6 + 3 and first["states"] == second["states"]
+def test_two_processes_take_the_steps_of_one_and_stay_equal(tmp_path):
+    printed, errors, status = program(__file__, "one_of_two", tmp_path, launcher=TORCHRUN)
+    assert status == 0 and printed.count("| valid") == 4, errors        # one of them speaks
+    first, second = (torch.load(f"{rank}.pt") for rank in (0, 1))
+    torch.testing.assert_close(first["gradients"], gradients(), rtol=1e-4, atol=1e-8)
+    for name in ("gradients", "net", "optimizer"):
+        assert tensors_equal(first[name], second[name])
     assert first["noise"] != second["noise"]
-    started = subprocess.Popen([*torchrun, search.__file__, *TOGETHER, f"--out={tmp_path}/run"])
-    while not (tmp_path / "run/checkpoint.pt").exists():
-        assert started.poll() is None
-        time.sleep(0.01)
-    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text()
-    for process in (*children.split(), started.pid):
-        os.kill(int(process), 9)
-    with pytest.raises(SystemExit, match="a run of 2 processes, not 1"):
-        search.main([f"--resume={tmp_path}/run"])
-    said = subprocess.check_output([*torchrun, search.__file__, f"--resume={tmp_path}/run"], text=True)
-    assert 0 < said.count("| valid") < 3                    # one of them speaks
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- the README
 
-def test_readme_commands_are_ones_the_programs_take(monkeypatch):
+def taken(monkeypatch, text):
+    """The programs of this repository that are called in a text, once they have read their flags."""
     def parse_args(parser, arguments=None, namespace=None, real=argparse.ArgumentParser.parse_args):
         real(parser, arguments, namespace)
-        raise InterruptedError                              # the program has taken its arguments
+        raise InterruptedError
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    text, seen = README + "".join(path.read_text() for path in HERE.glob("experiments/README.md")), set()
-    blocks = re.findall(r"```bash\n(.*?)```|`(python [^`\n]+)`", text.replace("\\\n", ""), re.S)
-    lines = "\n".join(map("".join, blocks))
-    for module, arguments in re.findall(r"^(?:python|torchrun \S+) (?:-m )?([\w.]+)(.*)", lines, re.M):
-        module = module.removesuffix(".py")
-        if (HERE / f"{module.replace('.', '/')}.py").exists():
+    programs = set()
+    for launcher, name, arguments in re.findall(r"^(python|torchrun \S+) (?:-m )?([\w.]+)(.*)", text, re.M):
+        name = name.removesuffix(".py")
+        if (HERE / f"{name.replace('.', '/')}.py").exists():
             with pytest.raises(InterruptedError):
-                importlib.import_module(module).main(shlex.split(arguments, comments=True))
-            seen.add(module)
-    assert seen >= {"search", "retrain", "genotypes"}
+                importlib.import_module(name).main(shlex.split(arguments, comments=True))
+            programs.add(name)
+    return programs
+
+
+def test_readme_commands_are_ones_the_programs_take(monkeypatch):
+    pages = [README, *(path.read_text() for path in HERE.glob("experiments/*.md"))]
+    blocks = re.findall(r"```bash\n(.*?)```|`(python [^`\n]+)`",
+                        "".join(pages).replace("\\\n", "").replace(" && ", "\n"), re.S)
+    commands = "\n".join(map("".join, blocks))
+    assert taken(monkeypatch, commands) >= {"search", "retrain", "genotypes"}
 
 
 def test_readme_python_blocks_run(whole):
@@ -1634,29 +1888,38 @@ def test_readme_python_blocks_run(whole):
     assert names["x_j"].shape == (8, 16, 32, 32) and names["logits"].shape == (5, 10)
 
 
-def test_readme_try_it_runs_but_for_fewer_epochs(capsys):
+def test_readme_try_it_runs_but_for_fewer_epochs(capsys, monkeypatch):
+    """The search, and what its last lines say: how to retrain its cell, and to draw it."""
     block = re.search(r"<!-- try -->\n```bash\n(.*?)```", README, re.S)[1]
-    first, *commands = re.sub(r"epochs([ =])\d+", r"epochs\g<1>1", block).splitlines()
-    assert "requirements.txt" in first and "python -m pytest" in README.partition("<!-- tests -->")[2]
-    for command in commands:
-        _, script, *arguments = shlex.split(command)
-        assert script == "search.py" or command in capsys.readouterr().out              # of the search
-        {"search.py": search, "retrain.py": retrain}[script].main([*arguments, "--epochs=1"])
+    install, searching, *_ = block.replace(" && ", "\n").splitlines()
+    assert "requirements.txt" in install
+    assert "python -m pytest" in README.partition("<!-- tests -->")[2]
+    _, script, *flags = shlex.split(searching)
+    assert script == "search.py"
+    search.main([*flags, "--epochs=1"])
+    *_, retraining, drawing = capsys.readouterr().out.splitlines()
+    _, script, *flags = shlex.split(retraining)
+    assert script == "retrain.py"
+    retrain.main([*flags, "--epochs=1"])
     assert "test error" in capsys.readouterr().out.splitlines()[-1]
+    assert taken(monkeypatch, drawing) == {"experiments.figures"}
 
 
 def test_readme_map_is_true_and_networks_need_torch_alone():
-    tests = "".join(path.read_text() for path in [Path(__file__), *HERE.glob("experiments/test_*.py")])
-    rows = re.search(r"\| paper \| code \| test \|\n.*?\n\n", README, re.S)[0].strip().splitlines()[2:]
+    files = [Path(__file__), *HERE.glob("experiments/test_*.py")]
+    tests = "".join(path.read_text() for path in files)
+    table = re.search(r"\| paper \| code \| test \|\n.*?\n\n", README, re.S)[0]
+    rows = table.strip().splitlines()[2:]
     assert len(rows) > 8
     for _, code, test in [row[1:-1].split("|") for row in rows]:
         assert all(f"\ndef {name}(" in tests for name in re.findall(r"`(test_\w+)`", test)), test
         for quoted in re.findall(r"`([^`]+)`", code):
             file, _, name = quoted.rpartition(": ")
-            path = HERE / (file or path)
+            path = HERE / (file or path)                    # of the name before
             assert re.search(rf"^(def |class )?{name}\b", path.read_text(), re.M), quoted
     for file in ("model.py", "larc.py"):
-        assert set(re.findall(r"^(?:import|from) (\w+)", (HERE / file).read_text(), re.M)) == {"torch"}
+        imports = re.findall(r"^(?:import|from) (\w+)", (HERE / file).read_text(), re.M)
+        assert {*imports} <= {"torch", "contextlib"}
 
 
 DARTS_FORK = """
@@ -1721,50 +1984,55 @@ def second_order_gradient(net, train, valid, momentum_buffers, lr, momentum, wei
 
 @pytest.fixture
 def fork(float64):
-    block = re.search(r"<!-- recipe -->\n```python\n(.*?)```", README, re.S)[1]
+    """A fork of DARTS with the recipe's parts in their places, as the names that it defines."""
+    page = HERE / "experiments/forks.md"
+    page = page.read_text() if page.exists() else README
+    block = re.search(r"<!-- recipe -->\n```python\n(.*?)```", page, re.S)[1]
     parts = [part.strip() for part in re.split(r"^#.*\n", block, flags=re.M)[1:]]
-    source = DARTS_FORK
-    for name, part in zip("CONSTRUCTOR NODE SOFTMAX OPTIMIZER VIRTUAL HESSIAN".split(), parts, strict=True):
-        indent = re.search(rf"^( *){name}$", source, re.M)[1]
-        source = source.replace(name, part.replace("\n", f"\n{indent}"))
-    names = {"torch": torch, "nn": nn, "F": F, "mixing_weights": mixing_weights, "LARC": LARC,
+    places, source = "CONSTRUCTOR NODE SOFTMAX OPTIMIZER VIRTUAL HESSIAN".split(), DARTS_FORK
+    for place, part in zip(places, parts, strict=True):
+        indent = re.search(rf"^( *){place}$", source, re.M)[1]
+        source = source.replace(place, part.replace("\n", f"\n{indent}"))
+    names = {"torch": torch, "nn": nn, "F": F, "LARC": LARC, "mixing_weights": mixing_weights,
              "local_factors": local_factors}
     exec(source, names)
     torch.manual_seed(0)
     return names
 
 
+def fork_batch():
+    return torch.randn(8, 3, 4, 4), torch.randint(4, (8,))
+
+
 def test_the_recipe_turns_a_fork_into_vs_darts(fork):
-    net, images, labels = fork["Net"](), torch.randn(8, 3, 4, 4), torch.randint(4, (8,))
-    nodes = []
-    net.cell.register_forward_hook(lambda *args: nodes.append(args[2]))
+    net, nodes, (images, labels) = fork["Net"](), [], fork_batch()
+    net.cell.register_forward_hook(lambda *given: nodes.append(given[2]))
     loss = F.cross_entropy(net(images), labels)
-    torch.testing.assert_close(nodes[0].var((0, 2, 3), unbiased=False), torch.ones(6), rtol=1e-3, atol=0)
-    torch.testing.assert_close(net.seen, torch.softmax(net.alpha, 1).sqrt())
-    optimizer = fork["make_optimizer"](net.parameters(), learning_rate=0.025, momentum=0.9, weight_decay=0.0)
+    assert_near(nodes[0].var((0, 2, 3), unbiased=False), torch.ones(6), 1e-3)           # Eq. 3
+    assert_near(net.seen, torch.softmax(net.alpha, 1).sqrt())                           # Eq. 6
+    optimizer = fork["make_optimizer"](net.parameters(), 0.025, 0.9, 0.0)
     before = [w.detach().clone() for w in net.parameters()]
     loss.backward()
     optimizer.step()
-    for w, old in zip(net.parameters(), before):            # section 4.2: a step of lr |w|, whatever |g|
+    for w, old in zip(net.parameters(), before):            # section 4.2: lr |w|, whatever |g|
         assert (w - old).norm().item() == pytest.approx(0.025 * old.norm().item(), rel=1e-5)
 
 
 def test_the_recipe_has_larcs_second_order(fork):
-    """Its finite difference against the exact derivative through LARC's step, whose factors are constants."""
-    net = fork["Net"]()
-    train, valid = ((torch.randn(8, 3, 4, 4), torch.randint(4, (8,))) for _ in range(2))
+    """Against the exact derivative through LARC's step, whose factors are constants."""
+    net, train, (images, labels) = fork["Net"](), fork_batch(), fork_batch()
     ws, lr, momentum, decay = list(net.parameters()), 0.1, 0.9, 5e-3
-    buffers = [torch.randn_like(w) for w in ws]
-    found = fork["second_order_gradient"](net, train, valid, buffers, lr, momentum, decay)
-    grads = torch.autograd.grad(F.cross_entropy(net(train[0]), train[1]), ws, create_graph=True)
-    moved = {}
+    buffers, moved = [torch.randn_like(w) for w in ws], {}
+    found = fork["second_order_gradient"](net, train, (images, labels), buffers, lr, momentum, decay)
+    loss = F.cross_entropy(net(train[0]), train[1])
+    grads = torch.autograd.grad(loss, ws, create_graph=True)
     for (name, w), g, m in zip(net.named_parameters(), grads, buffers):
         factor = (w.norm() / (g.norm() + decay * w.norm() + 1e-8)).detach()
         moved[name] = w - lr * (momentum * m + factor * (g + decay * w))
-    loss = F.cross_entropy(torch.func.functional_call(net, moved, (valid[0],)), valid[1])
-    exact = torch.autograd.grad(loss, net.alpha)[0]
-    first_order = torch.autograd.grad(F.cross_entropy(net(valid[0]), valid[1]), net.alpha)[0]
+    logits = torch.func.functional_call(net, moved, (images,))
+    exact = torch.autograd.grad(F.cross_entropy(logits, labels), net.alpha)[0]
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-6)
+    first_order = torch.autograd.grad(F.cross_entropy(net(images), labels), net.alpha)[0]
     assert (first_order - exact).abs().max() > 1e-2 * exact.abs().max()
 
 
