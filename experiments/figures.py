@@ -497,7 +497,9 @@ def read_methods(options):
     if len(settings) > 1:
         listed = ", ".join(sorted(settings))
         raise SystemExit(f"the settings of the runs differ: {listed}")
-    found = tables.groups(runs.values(), lambda run: run["method"])
+    found = {}
+    for run in runs.values():
+        found.setdefault(run["method"], []).append(run)
     names = METHODS | {method: method for method in found.keys() - METHODS.keys()}
     wanted = [(name, found[method]) for method, name in names.items()
               if method in found and name in (options.method or [name])]

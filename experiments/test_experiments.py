@@ -28,7 +28,7 @@ from experiments import baselines, figures, nasbench201, tables
 from genotypes import DARTS_PRIMITIVES, EDGES, PUBLISHED, SPACES, load_genotype, to_json
 from model import SuperNet, mixing_weights
 from run import Run, make_seed, write
-from test_vsdarts import SMALL, program, slow_norm, tensors_equal
+from test_vsdarts import SMALL, open_split, program, slow_norm, tensors_equal
 
 VS_DARTS = ["--node_norm", "--larc", "--sqrt_beta"]
 CELL_TYPES = ("normal", "reduce")
@@ -263,7 +263,7 @@ def test_one_operation_alone_equals_brute_force(space, edge, sqrt_beta):
 
 
 def test_answers_are_those_of_images_normalized_by_batch():
-    net, half = tiny_net("s2")[0].float(), data.load("digits", "unused", True)
+    net, half = tiny_net("s2")[0].float(), open_split("digits")
     images = data.normalize(half.images[:700], half.spec)
     logits = torch.cat([slow_walk(net, part)[0] for part in images.split(512)])
     expected, right = logits.argmax(1) == half.labels[:700], figures.answers(net.eval(), half, 700)
@@ -279,7 +279,7 @@ def test_tuning_equals_a_plain_loop(kept):
     figures.alone(net, "normal", 4, 2)
     figures.tune(net, searched, w_half, 2)
     plain.alphas["normal"].data[4] = torch.tensor([-1e9, -1e9, 1e9])
-    batches = data.Batches(data.load("digits", "unused", True).part(0, 64), 16, make_seed(2, "tune"))
+    batches = data.Batches(open_split("digits").take(slice(64)), 16, make_seed(2, "tune"))
     optimizer = torch.optim.SGD(plain.weights, 0.025, 0.9, weight_decay=5e-3)
     for step, (images, labels) in enumerate([*batches.epoch(0), *batches.epoch(1)]):
         optimizer.param_groups[0]["lr"] = 0.001 + 0.024 * (1 + math.cos(math.pi * step / 8)) / 2
@@ -298,11 +298,13 @@ def test_figure_3_follows_a_run_over_its_epochs(kept, name):
     """The numbers of an epoch are those of its kept network on the first batch of the half for alpha."""
     values = figures.measure3(read(kept / name), None)["variance"]
     assert len(values["node 2"]) == 3
-    split = data.load("digits", "unused", True)
+    split = open_split("digits")
     images = data.normalize(split.images[64:96], split.spec)
+    torch.manual_seed(2)                                    # the search's: the untrained network
     net = SuperNet(SPACES["s3"], 2, 3, node_norm=name == "vs", sqrt_beta=name == "vs").train()
     for epoch in range(3):
-        net.load_state_dict(torch.load(kept / name / f"net-{epoch}.pt"))
+        if epoch > 0:
+            net.load_state_dict(torch.load(kept / name / f"net-{epoch}.pt"))
         nodes = slow_walk(net, images)[1][0][0]
         expected = [slow_covariance(x_j, x_j) for x_j in nodes[2:]]
         assert [line[epoch] for line in values.values()] == pytest.approx(expected, rel=1e-3)
@@ -316,7 +318,7 @@ def test_figure_5_takes_the_half_for_w_and_the_rates_of_the_epoch(kept, monkeypa
         seen.append((args.learning_rate, args.weight_decay))
         torch.testing.assert_close(images, data.normalize(split.images[:32], split.spec))
         return {"0-5": (1, 2, 3)}
-    split = data.load("digits", "unused", True)
+    split = open_split("digits")
     monkeypatch.setattr(figures, "sep_conv_gradients", gradients)
     sizes = {"|g|": 1, "|g| / |w|": 2, "|step| / |w|": 3}
     assert figures.measure5(searched, None) == {key: {"0-5": [n] * 3} for key, n in sizes.items()}
@@ -994,7 +996,7 @@ def test_the_script_leaves_out_the_lines_of_nasbench201_jsonl():
 # ---------------------------------------------------------------- bad input
 
 BAD = [  # a command, and words of the line that refuses it
-    ("figures 3 s2", "s2/net-0.pt is missing: --keep_nets"),
+    ("figures 3 s2", "s2/net-1.pt is missing: --keep_nets"),
     ("figures 4 s2", "s2: there is no `none` in space s2"),
     ("figures 6 darts --edge normal:3-2", "--edge normal:3-2: there is none"),
     ("figures 5 darts --edge normal:0-2", "--edge is not for figure 5"),
