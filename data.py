@@ -401,7 +401,9 @@ def read(loader):
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield from batches
-    except (ImageError, RuntimeError) as error:             # of read_image, or a killed worker
+    except (ImageError, RuntimeError) as error:
+        if not isinstance(error, ImageError) and "DataLoader worker" not in str(error):
+            raise                                           # of the device
         line = str(error).strip().splitlines()[-1]
         raise SystemExit(line.removeprefix("data.ImageError: ")) from None
 

@@ -242,6 +242,15 @@ def test_derived_network_equals_slow_darts(float64, imagenet, size, layers):
     assert net.eval()(images)[1] is None                    # the head is for training only
 
 
+@pytest.mark.parametrize("name", ["PR_DARTS", "AmoebaNet_B"])
+def test_derived_networks_are_plain_modules_that_torch_fx_reads(name):
+    net = Network(PUBLISHED[name].genotype, 4, 6, 10).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(torch.fx.symbolic_trace(net)(images)[0], net(images)[0])
+    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    assert {type(conv) for conv in convs} == {nn.Conv2d}
+
+
 def test_supernet_parameter_counts():
     with torch.device("meta"):
         nets = [*map(SuperNet, SPACES.values()), SuperNet(SPACES["darts"], stem_multiplier=1),

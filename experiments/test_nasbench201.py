@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
 from pathlib import Path
 
 import pytest
