@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import data
-import model
 import retrain
 import search
 from experiments import baselines, figures, nasbench201, tables
 from genotypes import DARTS_PRIMITIVES, EDGES, PUBLISHED, SPACES, load_genotype, to_json
 from model import SuperNet, mixing_weights
-from run import Run, make_seed, write
+from run import make_seed, write
 from test_vsdarts import SMALL, open_split, program, slow_norm, tensors_equal
 
 VS_DARTS = ["--node_norm", "--larc", "--sqrt_beta"]

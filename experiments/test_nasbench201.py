@@ -15,12 +15,12 @@ from torch import nn
 
 import run
 import search
-from experiments import figures, nasbench201, tables
-from experiments.nasbench201 import METHODS, SuperNet201, from_text, look_up, rank_sum_p, to_text
+from experiments import figures, nasbench201
+from experiments.nasbench201 import SuperNet201, from_text, look_up, rank_sum_p, to_text
 from larc import LARC
 from model import mixing_weights
 from test_experiments import contents
-from test_vsdarts import (CPU, HERE, assert_equals_oracle, float64, norm_at, refusal, slow_norm,
+from test_vsdarts import (CPU, assert_equals_oracle, float64, norm_at, refusal, slow_norm,
                           tensors_equal)
 
 TINY = ["--dataset=digits", "--device=cpu", "--limit=128", "--batch_size=32", "--layers=3",
