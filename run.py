@@ -73,12 +73,14 @@ def parse_flags(parser, arguments, defaults):
     if missing:
         raise SystemExit(f"{folder} was made by another version of {parser.prog}, without "
                          f"{', '.join(sorted(missing))}")
+    if saved["processes"] != WORLD:
+        raise SystemExit(f"{folder} is a run of {saved['processes']} processes, not {WORLD}")
     args = parser.parse_args(arguments, argparse.Namespace(**saved))
-    now = {**vars(args), "processes": WORLD}
     for flag, value in saved.items():
-        if flag not in ("data", "device", "workers") and now[flag] != value:
-            raise SystemExit(f"--{flag} {now[flag]} differs from {value} in {folder}/config.json: "
-                             f"leave it out, or start a new run")
+        now = getattr(args, flag)
+        if flag not in ("data", "device", "workers") and now != value:
+            raise SystemExit(f"--{flag} {now} differs from {value} in {folder}/config.json: leave "
+                             f"it out, or start a new run")
     return args
 
 

@@ -1197,7 +1197,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, whole, name, number):
     if number == signal.SIGINT:
         assert errors.count("\n") == 1 and "--resume FOLDER goes on after" in errors
     assert "--resume" in refusal(module.main, flags)
-    said = "differs from 3" if launcher is PYTHON else "another number of processes than 1"
+    said = "differs from 3" if launcher is PYTHON else "is a run of 2 processes, not 1"
     assert said in refusal(module.main, ["--resume=run", "--layers=5"])
     finish(name, f"--resume={tmp_path / 'run'}")
     assert_same_runs("run", whole(name))
@@ -1406,7 +1406,7 @@ def rows(table):
 
 @pytest.mark.parametrize("command, said", rows("""
 search --dataset mnist                            -> invalid choice: 'mnist'
-search --epochs 0                                 -> --epochs: it must be from 1, not 0
+search --epochs 0                                 -> --epochs: it must be from 1
 search --learning_rate nan                        -> from 0
 search --epoch 3                                  -> unrecognized arguments: --epoch
 search --larc_trust 0.1                           -> they need --larc
@@ -1503,7 +1503,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(whole, capsys, content, command
         Path("run/checkpoint.pt").write_bytes(content)
     else:
         torch.save(content, "run/checkpoint.pt")
-    said = "is not a readable checkpoint|does not fit this run|holds no network of this run"
+    said = "is not a readable checkpoint|does not fit this run|holds no network|the spec was"
     assert re.search(said, line_of(command, capsys))
 
 
