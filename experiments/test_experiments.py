@@ -27,11 +27,11 @@ from experiments import baselines, figures, nasbench201, tables
 from genotypes import DARTS_PRIMITIVES, EDGES, PUBLISHED, SPACES, load_genotype, to_json
 from model import SuperNet, mixing_weights
 from run import make_seed, write
-from test_vsdarts import SMALL, open_split, program, slow_norm, tensors_equal
+from test_vsdarts import (SMALL, a_folder_of_its_own, open_split, program, refusal, slow_norm,
+                          tensors_equal)
 
 VS_DARTS = ["--node_norm", "--larc", "--sqrt_beta"]
 CELL_TYPES = ("normal", "reduce")
-torch.set_num_threads(1)
 
 
 def small(*flags):
@@ -46,11 +46,6 @@ def five():
     SPACES["five"] = {"normal": edges, "reduce": edges}
     yield
     del SPACES["five"]
-
-
-@pytest.fixture(autouse=True)
-def a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +98,19 @@ def contents(folder):
     readers = {"log*.jsonl": read_log, "*.pt": torch.load, "genotype.json": Path.read_text}
     return {str(path.relative_to(folder)): without_clock(read(path))
             for pattern, read in readers.items() for path in Path(folder).rglob(pattern)}
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The pages that are drawn."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    pages, savefig = [], Figure.savefig
+
+    def spied(page, *given, **options):
+        pages.append(page)
+        savefig(page, *given, **options)
+    monkeypatch.setattr(Figure, "savefig", spied)
+    return pages
 
 
 def slow_walk(net, images, weights=None):
@@ -338,10 +346,8 @@ def test_an_unfinished_search_is_drawn_as_far_as_it_is(kept):
 @pytest.mark.parametrize("arguments", [
     "1 NASNet_A vs vs/genotype.json", "1 unfinished", "2 unfinished --images 20 --tune 1 --edge normal:0-2",
     "3 darts vs", "4 darts unfinished", "5 darts unfinished", "6 darts unfinished", "overview s2 unfinished"])
-def test_every_figure_is_drawn_with_its_numbers(kept, tmp_path, capsys, monkeypatch, arguments):
-    Figure = pytest.importorskip("matplotlib.figure").Figure
-    pages, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda page, *a, **b: pages.append(page) or savefig(page, *a, **b))
+def test_every_figure_is_drawn_with_its_numbers(
+        kept, pages, tmp_path, capsys, monkeypatch, arguments):
     monkeypatch.chdir(kept)
     figures.main([*arguments.split(), f"--out={tmp_path / 'out'}"])
     first, *claims = capsys.readouterr().out.strip().splitlines()
