@@ -1615,20 +1615,6 @@ def test_an_image_that_a_worker_cannot_read_ends_all_processes(tmp_path, launche
     assert 'retrain.py", line' not in errors and lines in (None, errors.count("\n"))
 
 
-@pytest.mark.parametrize("dataset, command, said", [
-    ("folder", "cp others/val/dark/1.png others/val/dark/2.png", "the test_split was"),
-    *[(dataset, *row) for dataset in ("folder", "imagenet") for row in (
-        ("rm others/train/dark/1.png", "the train_split was"),
-        ("mv others/val/dark/1.png others/val/light/9.png", "the test_split was"),
-        ("for p in train val; do cp -r others/$p/dark others/$p/night; done", "differ (night)"))]])
-def test_a_run_does_not_go_on_with_other_images(dataset, command, said):
-    make_folder("images")
-    stop_after(1, retrain.main, [*shlex.split(RETRAIN)[1:], f"--dataset={dataset}", "--out=run"])
-    shutil.copytree("images", "others")
-    subprocess.run(command, shell=True, check=True)
-    assert said in refusal(retrain.main, ["--resume=run", "--data=others"])
-
-
 # ---------------------------------------------------------------- proxy data, several processes
 
 PUBLISHED_COUNTS = """1 0 0 0 0 0 1 3 3 4 6 15 11 27 40 62 131 168 288 373 495 602 874 1057 1332
