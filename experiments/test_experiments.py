@@ -919,16 +919,11 @@ def test_perturbation_needs_its_search_until_the_first_decision_is_saved(kept):
     assert Path("parts/genotype.json").exists()
 
 
-def test_perturbation_by_default_has_a_folder_for_each_search_and_setting(kept):
-    def folder(name, *flags):
-        if not Path(name).exists():
-            shutil.copytree(kept / "five", name)
-        return baselines.parse_perturbation([name, *flags], "perturbation").out
-    long = "runs/" + 245 * "x"
-    found = [folder("a/b"), folder("a-b/c"), folder("runs/b"), folder("runs/b", "--tune_epochs=1"),
-             folder(long), folder(f"{long}x")]
-    assert len({*found}) == 6 and all(len(Path(name).name) < 230 for name in found)
-    assert found[2:4] == ["runs/perturbation-b-2", "runs/perturbation-b-tune_epochs=1-2"]
+def test_perturbation_by_default_has_a_folder_for_each_setting_never_too_long(kept):
+    shutil.copytree(kept / "five", 250 * "x")
+    folders = {baselines.parse_perturbation([250 * "x", *flags], "perturbation").out
+               for flags in ([], ["--tune_epochs=1"])}
+    assert len(folders) == 2 and all(len(Path(folder).name) < 256 for folder in folders)
 
 
 def test_perturbation_takes_the_proxy_file_that_its_search_kept(kept):
