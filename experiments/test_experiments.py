@@ -894,13 +894,14 @@ def test_r_darts_goes_on_with_the_same_images_only(whole_runs, other_images):
 
 def test_perturbation_decides_on_the_images_and_classes_of_its_search_only(
         kept, other_images, monkeypatch):
-    command = ["perturbation", str(kept / "five"), "--out=new"]
+    command = ["perturbation", str(kept / "five")]
     other_images()
-    said = refusal(baselines.main, command)
+    said = refusal(baselines.main, [*command, "--out=images"])
     assert "five/checkpoint.pt: the train_split was 128 images" in said
     images, labels, _ = data.load_digits(True)
     monkeypatch.setattr(data, "load_digits", lambda train: (images, labels, range(11)))
-    assert "the classes differ (10)" in refusal(baselines.main, command)
+    said = refusal(baselines.main, [*command, "--out=classes"])
+    assert "the classes differ (10)" in said
 
 
 def test_perturbation_needs_its_search_until_the_first_decision_is_saved(kept):
