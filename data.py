@@ -57,7 +57,8 @@ def add_data_flags(parser):
         help="folder of the data sets; for imagenet and folder, of train/ and val/")
     add("--image_size", type=number(int, 8, 512),
         help="side to which images are resized (default: as they are; folder: 32, imagenet: 224)")
-    add("--limit", type=number(int, 4), help="use the first LIMIT training images only")
+    add("--limit", type=number(int, 4),
+        help="train on LIMIT images only: the first (of a folder's, in a fixed random order)")
 
 
 class Split(NamedTuple):

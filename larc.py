@@ -17,7 +17,7 @@ For each tensor w with gradient g, global rate lr, weight decay b and trust coef
 | LARS (arXiv 1708.03888)             | lr t |w| / (|g| + b |w|)        | in d and ratio   | 0.001 |
 | NVIDIA OpenSeq2Seq, LARC            | min(lr, t |w| / |g|)            | not in the ratio | < 1   |
 | apex 2ec84eb, LARC(clip=False)      | lr t |w| / (|g| + b |w| + eps)  | in d and ratio   | 0.02  |
-| apex's LARC(), the authors' release | the lesser of lr and that / lr  | in d and ratio   | 0.02  |
+| apex's LARC(), the authors' release | lr, if that line's is not less  | in d and ratio   | 0.02  |
 
 Unlike apex's wrapper this is an Optimizer itself: schedulers, state_dict and zero_grad see what
 they expect. Where apex leaves tensors of zero norm without weight decay, they have it here.

@@ -71,7 +71,7 @@ class SearchCell(nn.Module):
         self.edges, self.normalize = nn.ModuleDict(), nn.ModuleList()
         for (i, j), primitives in edges.items():
             self.edges[f"{i}-{j}"] = MixedOp(C, 2 if reduction and i < 2 else 1, primitives)
-        for _ in {j for _, j in edges}:
+        for node in {j for _, j in edges}:
             self.normalize.append(nn.BatchNorm2d(C, affine=False) if node_norm else nn.Identity())
 
     def forward(self, s0, s1, beta):
@@ -82,7 +82,7 @@ class SearchCell(nn.Module):
         return torch.cat(self.nodes([self.preprocess0(s0), self.preprocess1(s1)], beta)[2:], dim=1)
 
     def nodes(self, states, beta):
-        """Every node's output, (B, C, H, W) each. states: those of the cell's inputs, the first."""
+        """Every node's output, (B, C, H, W) each. states: the outputs of the input nodes."""
         beta = dict(zip(self.edges, beta, strict=True))
         for normalize in self.normalize:
             j = len(states)

@@ -232,7 +232,7 @@ def evaluate_file(path, args):
     check_facts(f"{path} and {args.data}", facts, {"classes": test.split.classes})
     loss, top1, top5, _ = means(evaluate(net, test))
     top5 = f" (top-5 {100 - top5:.2f}%)" if len(facts["classes"]) > 5 else ""
-    print(f"{path} on {args.dataset}: test error {100 - top1:.2f}%{top5}, loss {loss:.4f}")
+    say(f"{path} on {args.dataset}: test error {100 - top1:.2f}%{top5}, loss {loss:.4f}")
 
 
 # ---------------------------------------------------------------- the command
@@ -307,14 +307,14 @@ def parse(arguments):
                          "slope of their own")
     name = Path(args.genotype).as_posix().removeprefix("runs/")
     name = name.removesuffix(".json").removesuffix("/genotype")
-    parser.set_defaults(lr_scheduler=PROTOCOLS[args.dataset]["lr_scheduler"])
+    parser.set_defaults(lr_scheduler=PROTOCOLS[args.dataset]["lr_scheduler"])   # named if linear
     words = ["retrain", args.dataset, name]
     args.out = args.out or folder_name(words, args, parser, {"genotype"})
     return args
 
 
 def parse_evaluate(parser, arguments, path):
-    """The flags of the run that holds the network, of which any may be changed."""
+    """The flags of the run that holds the network, for --data, --dataset, --device and --amp."""
     path = path / "weights.pt" if path.is_dir() else path
     saved = read_json(path.parent / "config.json")
     args = parser.parse_args(arguments, argparse.Namespace(**saved))

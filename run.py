@@ -90,7 +90,8 @@ def add_run_flags(parser):
     add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
     add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet")
     add("--out", help="run folder (default: in runs/, named after all flags not at their defaults)")
-    add("--resume", metavar="FOLDER", help="continue a run; --data and --device may change")
+    add("--resume", metavar="FOLDER",
+        help="continue a run; --data, --device and --workers may change")
 
 
 def folder_name(words, args, parser, without):
@@ -147,7 +148,7 @@ def place(net, device, amp=False):
 
 
 def make_seed(*parts):
-    """One seed from numbers and words, such as (seed, "epoch", 3). Other parts give another."""
+    """One seed from numbers and words, such as (seed, "epoch", 3). Different parts, different seeds."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
@@ -294,7 +295,7 @@ class Run:
             raise SystemExit(f"{self.folder} is in use: choose another --out, or --resume "
                              f"{self.folder} if it is a run")
         try:
-            self.folder.resolve().mkdir(parents=True, exist_ok=True)
+            self.folder.resolve().mkdir(parents=True, exist_ok=True)    # also by a new link
             self.lock = open(config, "a+")                  # locked as long as this file is open
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -383,7 +384,9 @@ def start(main):
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:                               # Python then dies of the signal
         sys.tracebacklimit = 0
-        raise KeyboardInterrupt("--resume FOLDER goes on after the last finished epoch") from None
+        raise KeyboardInterrupt("a run goes on by --resume FOLDER, after its last epoch") from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"{reason(error)} Try a smaller --batch_size") from None
     except RuntimeError as error:
         if "by peer" not in str(error):                     # another process of torchrun has left,
             raise                                           # and has said why

@@ -59,7 +59,7 @@ def derive(space, betas):
 # ---------------------------------------------------------------- one step (Eq. 2)
 
 def alpha_step(net, optimizer, images, labels):
-    """min over alpha of L_val(w, alpha), Eq. 2 in first order: at the present w.
+    """One step of min over alpha of L_val(w, alpha), Eq. 2 in first order: at the present w.
 
     images: (B, 3, H, W), labels: (B,), of the half for alpha. Returns (loss, logits).
     """
@@ -73,7 +73,7 @@ def alpha_step(net, optimizer, images, labels):
 
 
 def weight_step(net, optimizer, images, labels, grad_clip):
-    """min over w of L_train(w, alpha), the constraint of Eq. 2, on the half for w."""
+    """One step of min over w of L_train(w, alpha), Eq. 2's constraint, on the half for w."""
     logits, weights = net(images), net.weights
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
@@ -222,7 +222,7 @@ def save_epoch(parts, run, record):
 
 @torch.no_grad()
 def evaluate(net, batches, epoch):
-    """The summed metrics of the half for alpha, augmented as in DARTS, by running statistics."""
+    """Metrics, summed, on the half for alpha: augmented, as in DARTS; by running statistics."""
     net.eval()
     totals = 0
     for images, labels in batches.epoch(epoch):
