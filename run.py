@@ -148,7 +148,7 @@ def place(net, device, amp=False):
 
 
 def make_seed(*parts):
-    """One seed from numbers and words, such as (seed, "epoch", 3). Different parts, different seeds."""
+    """A seed from numbers and words, such as (seed, "epoch", 3). Other parts give other seeds."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
