@@ -295,7 +295,8 @@ class Run:
             raise SystemExit(f"{self.folder} is in use: choose another --out, or --resume "
                              f"{self.folder} if it is a run")
         try:
-            self.folder.resolve().mkdir(parents=True, exist_ok=True)    # also by a new link
+            folder = self.folder.resolve()                  # a link's, which may not be there yet
+            folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(config, "a+")                  # locked as long as this file is open
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
