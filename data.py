@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from run import RANK, WORLD, differing, make_seed, number, progress, read_json, reason, say
+from run import (LOCAL_RANK, RANK, WORLD, check_facts, make_seed, number, progress, read_json,
+                 reason, say)
 
 
 class Spec(NamedTuple):
@@ -62,40 +64,29 @@ def add_data_flags(parser):
 
 
 class Split(NamedTuple):
-    """A split, or a part of one, in memory.
+    """A split, or a part of one.
 
-    images: uint8 (N, H, W, 3). labels: int64 (N,). classes: names. spec: of these images.
-    name: the whole split's number of images and checksum.
+    images: uint8 (N, H, W, 3) in memory, or (N,), the numbers of images in `folder` on disk.
+    labels: int64 (N,). classes: names. spec: of these images. name: the whole split's number of
+    images and checksum. device: where its batches are. workers: processes that read it from disk.
     """
     images: torch.Tensor
     labels: torch.Tensor
     classes: list
     spec: Spec
     name: str
+    device: torch.device
+    folder: datasets.ImageFolder = None
+    workers: int = 0
 
     def take(self, indices):
         return self._replace(images=self.images[indices], labels=self.labels[indices])
 
 
-class DiskSplit(NamedTuple):
-    """A split, or a part of one, that stays on disk: the images of `folder` numbered `kept`."""
-    folder: datasets.ImageFolder
-    kept: torch.Tensor
-    labels: torch.Tensor
-    classes: list
-    spec: Spec
-    name: str
-    device: torch.device
-    workers: int
-
-    def take(self, indices):
-        return self._replace(kept=self.kept[indices], labels=self.labels[indices])
-
-
 # ---------------------------------------------------------------- reading
 
 def open_split(args, train, device, spec=None, augmented=None):
-    """The train or test split of --data, as a Split on the device or, of ImageNet, as a DiskSplit.
+    """The train or test split of --data, in memory or, of ImageNet, on disk.
 
     spec: what a trained network was trained with, by default that of the data set at --image_size.
     augmented: on disk, whether images come as DARTS trains or as it tests on them (default: train).
@@ -106,10 +97,14 @@ def open_split(args, train, device, spec=None, augmented=None):
     limit = args.limit if train else None
     if args.dataset == "imagenet":
         return open_imagenet(args, train, device, spec, train if augmented is None else augmented)
+    if WORLD > 1 and LOCAL_RANK > 0:                        # one process of each machine reads
+        dist.barrier()                                      # first, as it may download
     images, labels, classes = load(args.dataset, args.data, train, spec.size, limit)
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()
     checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
     name = f"{len(images)} images of {len(classes)} classes, checksum {checksum:08x}"
-    return Split(images.to(device), labels.to(device), classes, spec, name)
+    return Split(images.to(device), labels.to(device), classes, spec, name, device)
 
 
 def load(name, root, train, size, limit=None):
@@ -151,10 +146,7 @@ def load_torchvision(name, root, train):
         names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
         data = getattr(datasets, names[name])(root, train, download=True)
         return data.data, data.targets, data.classes
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"torchvision reads {name} with {error.name}, which is not installed: "
-                         f"pip install {error.name}") from None
-    except Exception as error:                              # missing, damaged, no network
+    except Exception as error:                              # missing, damaged, no network or scipy
         raise SystemExit(
             f"{name} cannot be read under {root} or downloaded ({reason(error)}): put "
             f"{FILES[name]} there, or see --data; --dataset digits needs no files") from None
@@ -176,30 +168,25 @@ class ImageFolder(datasets.ImageFolder):
             super().__init__(folder, transform, loader=read_image, is_valid_file=self.is_image)
         except (OSError, ValueError) as error:
             raise SystemExit(f"{needed}, and is missing ({reason(error)})") from None
-        self.classes = class_names(self.class_to_idx)
         if len(self.classes) < 2:
             raise SystemExit(f"{needed}, with more classes than {self.classes[0]}")
         if not train and (root / "train").is_dir():
-            classes = class_names(self.find_classes(root / "train")[1])
-            if classes != self.classes:
-                raise SystemExit(f"{root}/train and {root}/val: {differing(classes, self.classes)}")
+            classes = {"classes": self.find_classes(root / "train")[0]}
+            check_facts(f"{root}/train", classes, {"classes": self.classes})
         left_out = f", {self.left_out} other files left out" if self.left_out else ""
         say(f"{folder}: {len(self.classes)} classes, {len(self)} images{left_out}")
 
     def find_classes(self, folder):
-        """Numbers classes by their names in one form: copies from macOS have accents apart."""
+        """Names and numbers of classes, in one form: copies from macOS have accents apart."""
+        one_form = functools.partial(unicodedata.normalize, "NFC")
         names = [name for name in super().find_classes(folder)[0] if not name.startswith(".")]
-        names.sort(key=lambda name: unicodedata.normalize("NFC", name))
-        return names, {name: k for k, name in enumerate(names)}
+        names.sort(key=one_form)
+        return [*map(one_form, names)], {name: k for k, name in enumerate(names)}
 
     def is_image(self, path):
         known = datasets.folder.has_file_allowed_extension(path, datasets.folder.IMG_EXTENSIONS)
         self.left_out += not known
         return known
-
-
-def class_names(numbers):
-    return [unicodedata.normalize("NFC", name) for name in numbers]
 
 
 def read_image(path):
@@ -248,20 +235,18 @@ def open_imagenet(args, train, device, spec, augmented):
     name = (f"{len(kept)} images of {len(folder.classes)} classes, checksum "
             f"{zlib.crc32(repr(files).encode()):08x} of the names")
     labels = torch.tensor(folder.targets)[kept]
-    return DiskSplit(folder, kept, labels, folder.classes, spec, name, device, args.workers)
+    return Split(kept, labels, folder.classes, spec, name, device, folder, args.workers)
 
 
 def read_proxy(args, split):
-    """The halves that --proxy chose, for w and for alpha. A run has a copy of the file."""
-    copy = Path(args.out, "proxy.json")
-    path = copy if copy.exists() else args.proxy
-    proxy = read_json(path)
-    if proxy.get("program") != "proxy.py":
-        raise SystemExit(f"{path} was not written by proxy.py")
+    """The halves that --proxy chose, for w and for alpha."""
+    proxy = read_json(args.proxy)
     if proxy.get("split") != split.name:
-        raise SystemExit(f"{path} is about {proxy.get('split')}, not about the {split.name} of "
-                         f"--dataset {args.dataset} in {args.data}")
-    return [split.take(torch.tensor(proxy[half])) for half in ("w", "alpha")]
+        raise SystemExit(f"{args.proxy} is about {proxy.get('split')}, not about the {split.name} "
+                         f"of --dataset {args.dataset} in {args.data}")
+    chosen = [proxy["w"], proxy["alpha"]]
+    name = f"{split.name}; of them those chosen by {zlib.crc32(repr(chosen).encode()):08x}"
+    return [split.take(torch.tensor(half))._replace(name=name) for half in chosen]
 
 
 # ---------------------------------------------------------------- augmentation
@@ -291,11 +276,12 @@ def augment(images, uniform, spec, cutout=0):
 
 def cutout_mask(uniform, H, W, side):
     """bool (B, 1, H, W): true in a square around a random pixel, as far as it lies in the image."""
-    y, x = (uniform[:, 0] * H).long()[:, None], (uniform[:, 1] * W).long()[:, None]         # (B, 1)
-    rows, columns = torch.arange(H, device=uniform.device), torch.arange(W, device=uniform.device)
-    in_rows = (rows >= y - side // 2) & (rows < y - side // 2 + side)           # (B, H)
-    in_columns = (columns >= x - side // 2) & (columns < x - side // 2 + side)  # (B, W)
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+    def near(uniform, length):                              # (B, length)
+        center = (uniform * length).long()[:, None]
+        offset = torch.arange(length, device=uniform.device) - center + side // 2
+        return (offset >= 0) & (offset < side)
+    rows, columns = near(uniform[:, 0], H), near(uniform[:, 1], W)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 @functools.cache
@@ -311,20 +297,20 @@ def normalize(images, spec):
 
 # ---------------------------------------------------------------- batches
 
-def share(order, batch_size, rank, world):
-    """Of an order of images, process `rank`'s part of every batch, as index tensors.
+def share(order, batch_size):
+    """Of an order of images, this process's part of every batch, as index tensors.
 
     All images train: the parts differ by one image at most, and what is left at the end and too
     small for batch norm, two images in each process, joins the batch before.
     """
     *batches, last = order.split(batch_size)
-    if len(last) >= 2 * world:
-        batches.append(last)
-    elif batches:
-        batches[-1] = torch.cat([batches[-1], last])
-    else:
-        raise SystemExit(f"{len(order)} images are too few: each of {world} process(es) needs two")
-    return [batch[rank::world] for batch in batches]
+    if batches and len(last) < 2 * WORLD:
+        last = torch.cat([batches.pop(), last])
+    batches.append(last)
+    if len(batches[0]) < 2 * WORLD:
+        raise SystemExit(f"{len(batches[0])} images in a batch are too few: each of {WORLD} "
+                         f"process(es) needs two")
+    return [batch[RANK::WORLD] for batch in batches]
 
 
 class Batches:
@@ -332,19 +318,19 @@ class Batches:
 
     images: float (B, 3, H, W), labels: (B,). An epoch is a function of the seed and its number. To
     train: in random order and augmented, each image alike whatever the batch size and the number of
-    processes. Otherwise every image once, as it is. Process `rank` of `world` gets its part.
+    processes. Otherwise every image once, as it is. Each process gets its part.
     """
 
-    def __init__(self, split, batch_size, seed=None, cutout=0, train=True, rank=RANK, world=WORLD):
+    def __init__(self, split, batch_size, seed=None, cutout=0, train=True):
         self.split, self.batch_size, self.seed, self.cutout = split, batch_size, seed, cutout
-        self.train, self.rank, self.world, self.count = train, rank, world, len(split.labels)
+        self.train, self.count = train, len(split.labels)
         self.steps = len(self.indices(torch.arange(self.count)))
 
     def indices(self, order):
         if self.train:
-            return share(order, self.batch_size, self.rank, self.world)
-        part = order[self.rank::self.world]
-        return part.split(max(1, self.batch_size // self.world)) if len(part) else ()
+            return share(order, self.batch_size)
+        part = order[RANK::WORLD]
+        return part.split(max(1, self.batch_size // WORLD)) if len(part) else ()
 
     def draw(self, epoch):
         """(order of the images, generator) of an epoch."""
@@ -355,7 +341,7 @@ class Batches:
 
     def epoch(self, epoch, skip=0):
         """The batches of an epoch, without the first `skip`. The loop never waits for a GPU."""
-        images, labels, _, spec, _ = self.split
+        images, labels, spec = self.split.images, self.split.labels, self.split.spec
         order, generator = self.draw(epoch)
         uniform = torch.rand(self.count, 5, generator=generator).to(labels.device)  # of each image
         for batch in self.indices(order.to(labels.device))[skip:]:
@@ -380,7 +366,7 @@ class DiskBatches(Batches):
         epoch, index = key
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(make_seed(self.seed, "image", epoch, index))
-            return self.split.folder[self.split.kept[index].item()]
+            return self.split.folder[self.split.images[index].item()]
 
     def epoch(self, epoch, skip=0):
         order, generator = self.draw(epoch)
@@ -410,5 +396,5 @@ def read(loader):
 
 
 def make_batches(split, *given, **options):
-    """The Batches of a Split or of a DiskSplit."""
-    return (DiskBatches if isinstance(split, DiskSplit) else Batches)(split, *given, **options)
+    """The Batches of a split, in memory or on disk."""
+    return (DiskBatches if split.folder else Batches)(split, *given, **options)

@@ -10,13 +10,11 @@ FILE is a genotype.json or search.json of ours, or a text with a cell as DARTS, 
 pt.darts write it: an entry of their genotypes.py, a line of a log, lists in JSON. Such a text may
 also stand in FILE's place. It is parsed, never evaluated.
 """
-import argparse
 import ast
 import json
 import os
 import random
 import re
-import sys
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from model import OPS, Network, count_macs, count_parameters
+from run import Parser, natural, start
 
 
 class Genotype(NamedTuple):
@@ -80,8 +79,6 @@ SPACES = {  # {space: {"normal" or "reduce": {(source, target): primitives}}}
 
 def random_genotype(seed):
     """A cell of the DARTS space: two inputs a node, all operations but `none` equally likely."""
-    if seed < 0:
-        raise ValueError("a seed is a whole number from 0 on")
     draw = random.Random(seed)
 
     def draw_node(j):
@@ -331,15 +328,12 @@ def to_json(genotype):
 
 
 def pt_darts_notation(genotype):
-    """As pt.darts (khanrc/pt.darts) prints it. A second line names what DARTS's code lacks."""
+    """As pt.darts (khanrc/pt.darts) prints it: a list for every node."""
     fields = []
     for nodes, concat in genotype[:2], genotype[2:]:
         run = range(concat[0], concat[-1] + 1)
         fields += [[[*node] for node in nodes], run if tuple(run) == concat else [*concat]]
-    names = {name for node in genotype.normal + genotype.reduce for name, _ in node}
-    absent = ", ".join(sorted(names - {*DARTS_PRIMITIVES, "sep_conv_7x7"}))
-    warning = f"\n# warning: DARTS's code has no {absent}" if absent else ""
-    return f"{Genotype(*fields)}{warning}"
+    return str(Genotype(*fields))
 
 
 def darts_notation(genotype):
@@ -389,31 +383,24 @@ def print_cell(name, pt_darts):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(
-        "genotypes.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("genotypes.py", description=__doc__)
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("cell", nargs="?", help="the name of a published cell, a file, or a text")
-    one_of.add_argument("--random", type=int, metavar="SEED", help="print a random cell, as JSON")
+    one_of.add_argument("--random", type=natural, metavar="SEED", help="print a random cell")
     parser.add_argument("--pt_darts", action="store_true", help="print pt.darts's notation, too")
     args = parser.parse_args(arguments)
-    if args.pt_darts and args.cell is None:
-        parser.error("--pt_darts is for a named cell, or one in a file")
-    try:
-        if args.cell is not None:
+    if args.cell is not None:
+        try:
             print_cell(args.cell, args.pt_darts)
-        elif args.random is not None:
-            print(to_json(random_genotype(args.random)))
-        else:
-            for name, cell in PUBLISHED.items():
-                print(f"{name:<22} {cell.source}")
-            print("`python genotypes.py NAME` shows one of them.")
-        sys.stdout.flush()
-    except ValueError as error:
-        raise SystemExit(f"genotypes.py: {error}") from None
-    except BrokenPipeError:                                 # `python genotypes.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except ValueError as error:
+            raise SystemExit(f"genotypes.py: {error}") from None
+    elif args.random is not None:
+        print(to_json(random_genotype(args.random)))
+    else:
+        for name, cell in PUBLISHED.items():
+            print(f"{name:<22} {cell.source}")
+        print("`python genotypes.py NAME` shows one of them.")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    start(main)

@@ -98,7 +98,7 @@ class SuperNet(nn.Module):
     node_norm: Eq. 3. sqrt_beta: Eq. 6. imagenet: the two stems of the derived network's ImageNet
     form, as in model_search_imagenet.py of nabk89/NAS-with-Proxy-data.
     """
-    autocast = contextlib.nullcontext()                     # run.place sets it for bfloat16
+    autocast = contextlib.nullcontext()                     # `place` sets it for bfloat16
 
     def __init__(self, space, C=16, layers=8, num_classes=10, node_norm=False, sqrt_beta=False,
                  stem_multiplier=3, imagenet=False):
@@ -200,12 +200,11 @@ class AuxiliaryHead(nn.Module):
     """A second classifier in mid-network, for training only.
 
     CIFAR form: for 8x8 feature maps (32x32 images). ImageNet form: for 7x7 (224x224 images), and
-    without the last batch norm. Raises ValueError for other sizes.
+    without the last batch norm.
     """
 
     def __init__(self, C, num_classes, imagenet):
         super().__init__()
-        self.size, self.image = (7, 224) if imagenet else (8, 32)
         self.features = nn.Sequential(
             nn.ReLU(), nn.AvgPool2d(5, stride=2 if imagenet else 3, count_include_pad=False),
             nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
@@ -214,10 +213,6 @@ class AuxiliaryHead(nn.Module):
         self.classifier = nn.Linear(768, num_classes)
 
     def forward(self, x):
-        if x.shape[2:] != (self.size, self.size):
-            raise ValueError(f"the auxiliary head fits {self.size}x{self.size} feature maps "
-                             f"({self.image}x{self.image} images), not {x.shape[2]}x{x.shape[3]}: "
-                             f"train without it")
         return self.classifier(self.features(x).flatten(1))
 
 
@@ -289,14 +284,29 @@ def count_parameters(net):
 def count_macs(net, size):
     """Multiply-adds of convolutions and classifier, without the auxiliary head, for one image.
 
-    size: its side. Counted on shapes alone if `net` was made under `torch.device("meta")`.
+    size: its side. Counted on shapes alone if `net` was made under `torch.device("meta")`. The
+    network is then in eval mode.
     """
     image = torch.zeros(1, 3, size, size, device=net.classifier.weight.device)
-    training = net.training
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(image)
-    net.train(training)
     return counter.get_total_flops() // 2                   # one multiply-add is two FLOPs
+
+
+def place(net, device, amp=False):
+    """Moves a network to its device. amp: bfloat16 and TF32, in place of float32.
+
+    channels_last makes depthwise convolutions 4 to 5 times faster on the CPU. On CUDA it is slow
+    in float32 (pytorch/pytorch #22302, #34977; not measured by us). Images are contiguous, so that
+    the layout of the weights decides.
+    """
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = amp
+    if amp:
+        net.autocast = torch.autocast(device.type, torch.bfloat16)
+    last = device.type == "cpu" or amp
+    layout = torch.channels_last if last else torch.contiguous_format
+    return net.to(device, memory_format=layout)
 
 
 # ---------------------------------------------------------------- operations, as in DARTS
@@ -316,8 +326,8 @@ class ReLUFirst(nn.Module):
 
 
 class Subsample(nn.Module):
-    """Takes every `stride`-th pixel for a 1x1 convolution. A strided one would do the same, but its
-    backward pass on the CPU overruns its memory (torch 2.14, channels_last, 56x56)."""
+    """Takes every `stride`-th pixel, for a convolution of stride 1. A strided one would do the same
+    but slower; and a 1x1 overruns its memory on the CPU (torch 2.14, channels_last, 56x56)."""
 
     def __init__(self, stride):
         super().__init__()
@@ -349,28 +359,6 @@ class ShiftedConvs(nn.Module):
         return torch.cat(halves, dim=1)
 
 
-class DilatedConv(nn.Conv2d):
-    """A depthwise convolution of dilation 2, for the super-network.
-
-    On the CPU dilated kernels are up to ten times slower. Dilation 2 only ever joins every second
-    pixel: at stride 2 it is the undilated convolution of every second pixel, at stride 1 that of
-    four interleaved images, which are stacked along the batch.
-    """
-
-    def forward(self, x):
-        B, C, H, W = x.shape
-        if x.is_cuda or (self.stride[0] == 1 and (H % 2 or W % 2)):
-            return super().forward(x)                       # the same numbers
-        padding = self.kernel_size[0] // 2
-        if self.stride[0] == 2:
-            return F.conv2d(x[:, :, ::2, ::2], self.weight, padding=padding, groups=C)
-        x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C)   # channels stay together
-        x = x.permute(2, 4, 0, 1, 3, 5).reshape(4 * B, H // 2, W // 2, C)
-        x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, padding=padding, groups=C)
-        x = x.permute(0, 2, 3, 1).reshape(2, 2, B, H // 2, W // 2, C)
-        return x.permute(2, 3, 0, 4, 1, 5).reshape(B, H, W, C).permute(0, 3, 1, 2)
-
-
 def FactorizedReduce(C_in, C, affine):
     return ReLUFirst(ShiftedConvs(C_in, C), nn.BatchNorm2d(C, affine=affine))
 
@@ -397,9 +385,11 @@ def sep_conv(C, kernel, stride, affine):                    # twice; the second 
 
 
 def dil_conv(C, kernel, stride, affine):
-    Conv = nn.Conv2d if affine else DilatedConv             # graph tools want torch's own
-    depthwise = Conv(C, C, kernel, stride, kernel - 1, dilation=2, groups=C, bias=False)
-    return ReLUFirst(depthwise, nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine))
+    """Dilation 2. With stride 2 it sees every second pixel only, so it needs no dilation there."""
+    depthwise = nn.Conv2d(C, C, kernel, padding=(kernel - 1) // stride, dilation=2 // stride,
+                          groups=C, bias=False)
+    return ReLUFirst(Subsample(stride), depthwise, nn.Conv2d(C, C, 1, bias=False),
+                     nn.BatchNorm2d(C, affine=affine))
 
 
 def max_pool_2x2(stride):                                   # padded at the end: keeps the size

@@ -18,8 +18,9 @@ import torch
 from torchvision.models import ResNet50_Weights, resnet50
 
 from data import DATASETS, make_batches, open_split
+from model import place
 from retrain import load_network
-from run import (WORLD, Parser, check_facts, find_device, number, place, progress, read_json,
+from run import (WORLD, Parser, check_facts, find_device, fraction, natural, progress, read_json,
                  reason, start)
 
 BIN_WIDTHS = {"cifar10": 0.5, "cifar100": 0.25, "svhn": 0.2, "imagenet": 0.25}  # others: ours, 0.5
@@ -96,46 +97,50 @@ def retrained(args, device):
 
 # ---------------------------------------------------------------- the file
 
-def make_proxy(args):
-    """The content of the file, as a dict. w, alpha: images, by their place in open_split."""
-    device = find_device(args.device)
-    needed = args.scheme != "random" or args.classifier
-    classify, facts, file = None, None, None
-    if needed:
-        classify, facts, file = (retrained if args.classifier else pretrained)(args, device)
+def ranked(args, device):
+    """(the split, the bin of each image, what --show prints of them), by a classifier."""
+    classify, facts, file = (retrained if args.classifier else pretrained)(args, device)
     split = open_split(args, True, device, facts and facts["spec"], augmented=False)
     if facts:
         check_facts(f"{file} and {args.data}", facts, {"classes": split.classes})
-    count = len(split.labels)
-    size = int(args.fraction * count)
+    entropy = entropies(classify, make_batches(split, args.batch_size, train=False))
+    edges, bins = histogram(entropy, BIN_WIDTHS.get(args.dataset, 0.5))
+    counts = np.bincount(bins, minlength=len(edges) - 1)
+    return split, bins, {
+        "classifier": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "mean": entropy.mean(), "min": entropy.min(), "max": entropy.max(),
+        "bins": edges.round(6).tolist(), "counts": counts.tolist(),
+        "weights": bin_weights(counts, args.scheme).tolist()}
+
+
+def make_proxy(args):
+    """The content of the file, as a dict. w, alpha: images, by their place in open_split."""
+    device = find_device(args.device)
+    if args.scheme == "random":                             # all images are in one bin
+        split = open_split(args, True, device, augmented=False)
+        bins, shown = np.zeros(len(split.labels), int), {"counts": [len(split.labels)]}
+    else:
+        split, bins, shown = ranked(args, device)
+    size = int(args.fraction * len(bins))
     if args.dataset == "imagenet" and size >= 1000:
         size = size // 1000 * 1000                          # as the source: 128,000 of 1,281,167
     if size < 4:
-        raise SystemExit(f"--fraction {args.fraction} of {count} images is too little")
-    flags = {flag: getattr(args, flag) for flag in ("program", "fraction", "scheme", "seed")}
-    proxy, bins = {**flags, "split": split.name}, np.zeros(count, int)
-    if needed:
-        entropy = entropies(classify, make_batches(split, args.batch_size, train=False))
-        edges, bins = histogram(entropy, BIN_WIDTHS.get(args.dataset, 0.5))
-        counts = np.bincount(bins, minlength=len(edges) - 1)
-        proxy |= {"classifier": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-                  "mean": entropy.mean(), "min": entropy.min(), "max": entropy.max(),
-                  "bins": edges.round(6).tolist(), "counts": counts.tolist(),
-                  "weights": bin_weights(counts, args.scheme).tolist()}
+        raise SystemExit(f"--fraction {args.fraction} of {len(bins)} images is too little")
     drawn = draw(bins, args.scheme, size, args.seed)
-    chosen = np.bincount(bins[drawn], minlength=len(proxy.get("counts", [1])))
-    return {**proxy, "chosen": chosen.tolist(), "w": drawn[:size // 2].tolist(),
-            "alpha": drawn[size // 2:].tolist()}
+    chosen = np.bincount(bins[drawn], minlength=len(shown["counts"]))
+    return {"scheme": args.scheme, "fraction": args.fraction, "seed": args.seed,
+            "split": split.name, **shown, "chosen": chosen.tolist(),
+            "w": drawn[:size // 2].tolist(), "alpha": drawn[size // 2:].tolist()}
 
 
 def show(path):
     """Prints the histogram in a file: for each bin its images, its weight, and those chosen."""
     proxy = read_json(path)
-    if proxy.get("program") != "proxy.py":
+    if "alpha" not in proxy:
         raise SystemExit(f"{path} was not written by proxy.py")
     print(f"{path}: {len(proxy['w'])} images for w, {len(proxy['alpha'])} for alpha, of the "
           f"{proxy['split']}; {proxy['scheme']}, seed {proxy['seed']}")
-    if "bins" not in proxy:                                 # drawn at random
+    if proxy["scheme"] == "random":
         return
     print("entropy {min:.3g} to {max:.3g}, mean {mean:.3g}\n"
           "  log10 entropy    images   weight   chosen".format(**proxy))
@@ -156,13 +161,13 @@ def parse(arguments):
         help="folder of the data sets; for imagenet and folder, of train/")
     add("--classifier", metavar="FILE",
         help="weights.pt of retrain.py (default, for imagenet: ResNet-50)")
-    add("--fraction", type=number(float, 0, 1, above=True), default=0.1,
+    add("--fraction", type=fraction, default=0.1,
         help="part of the images that is drawn; the source's scripts: 0.1")
     add("--scheme", default="p1", choices=("p1", "p2", "p3", "random"),
         help="weight of a bin of n images: p1 max(n) - n + 1, p2 1, p3 1/n; random: images alike")
-    add("--seed", type=number(int, 0), default=777, help="of the draw; the source's script: 777")
+    add("--seed", type=natural, default=777, help="of the draw; the source's script: 777")
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
-    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet")
+    add("--workers", type=natural, default=4, help="processes that read ImageNet")
     add("--out", metavar="FILE", default="proxy.json", help="file to write")
     add("--show", metavar="FILE", help="print the histogram in such a file, and end")
     return parser.parse_args(arguments)

@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import DATASETS, Spec, add_data_flags, make_batches, open_split
 from genotypes import load_genotype, to_json
-from model import Network, count_macs, count_parameters
+from model import Network, count_macs, count_parameters, place
 from run import (RANK, WORLD, Parser, Run, add_run_flags, check_facts, device_name, find_device,
-                 folder_name, load_checkpoint, make_seed, means, metrics, number, one_first,
-                 parse_flags, place, progress, read_json, reason, say, share_buffers, start,
-                 to_bytes, write)
+                 folder_name, fraction, load_checkpoint, make_seed, means, metrics, natural,
+                 non_negative, number, parse_flags, positive, positive_int, progress, read_json,
+                 reason, say, share_buffers, start, write)
 
 CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36,
            "lr_scheduler": "cosine", "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9,
@@ -73,13 +73,9 @@ def make_network(genotype, args, num_classes):
 
 
 def count(genotype, args, num_classes, size):
-    """Parameters and multiply-adds of a network; SystemExit if its auxiliary head does not fit."""
+    """Parameters and multiply-adds of a network, without its values."""
     with torch.device("meta"):
         net = make_network(genotype, args, num_classes)
-        try:
-            net(torch.zeros(2, 3, size, size))
-        except ValueError as error:
-            raise SystemExit(f"{error} (--auxiliary_weight 0)") from None
         return {"parameters": count_parameters(net), "macs": count_macs(net, size)}
 
 
@@ -146,7 +142,7 @@ def train(genotype, args, run, read=read_data):
     if RANK == 0:                                           # at once: --genotype may be moved
         write(run.folder / "genotype.json", to_json(genotype))
     device = find_device(args.device)
-    batches, test = one_first(lambda: read(args, device))
+    batches, test = read(args, device)
     classes, spec = test.split.classes, test.split.spec
     counts = count(genotype, args, len(classes), spec.size)
     torch.manual_seed(args.seed)
@@ -194,7 +190,7 @@ def finish(run, net, counts):
               "seed": run.args.seed, **counts, **splits, "python": platform.python_version(),
               "torch": torch.__version__, "torchvision": torchvision.__version__}
     if RANK == 0:
-        write(run.folder / "weights.pt", to_bytes({"net": weights, "facts": run.facts}))
+        write(run.folder / "weights.pt", {"net": weights, "facts": run.facts})
         write(run.result, json.dumps(result, indent=1))
     say(f"test error {last['test_error']:.2f}% after the last epoch (the best on the test split, "
         f"so optimistic: {best['test_error']:.2f}%, epoch {best['epoch']}); "
@@ -250,22 +246,22 @@ def make_parser():
                         help="test a run's weights.pt or checkpoint.pt, and end")
     add_data_flags(parser)
     add = parser.add_argument_group("training (defaults: the table below)").add_argument
-    add("--epochs", type=number(int, 1), help="number of epochs")
+    add("--epochs", type=positive_int, help="number of epochs")
     add("--batch_size", type=number(int, 2), help="images in a step, all processes together")
-    add("--layers", type=number(int, 3, 1000), help="number of cells")
-    add("--init_channels", type=number(int, 2, 4096), help="channels of the first cell")
+    add("--layers", type=number(int, 3), help="number of cells")
+    add("--init_channels", type=number(int, 2), help="channels of the first cell")
     add("--lr_scheduler", choices=("cosine", "exponential", "linear"),
         help="cosine to 0; times --gamma by epoch; linear to 0, batches above 256 with a warmup")
-    add("--learning_rate", type=number(float, 0), help="SGD learning rate")
-    add("--gamma", type=number(float, 0, 1, above=True), help="of --lr_scheduler exponential")
-    add("--momentum", type=number(float, 0, 1), help="SGD momentum")
-    add("--weight_decay", type=number(float, 0), help="SGD weight decay")
-    add("--grad_clip", type=number(float, 0, above=True), help="largest 2-norm of the gradient")
-    add("--label_smooth", type=number(float, 0, 1), help="label smoothing, in training")
-    add("--auxiliary_weight", type=number(float, 0), help="of the auxiliary loss; 0: no head")
+    add("--learning_rate", type=non_negative, help="SGD learning rate")
+    add("--gamma", type=fraction, help="of --lr_scheduler exponential")
+    add("--momentum", type=fraction, help="SGD momentum")
+    add("--weight_decay", type=non_negative, help="SGD weight decay")
+    add("--grad_clip", type=positive, help="largest 2-norm of the gradient")
+    add("--label_smooth", type=fraction, help="label smoothing, in training")
+    add("--auxiliary_weight", type=non_negative, help="of the auxiliary loss; 0: no head")
     add("--drop_path_prob", type=number(float, 0, 0.99), help="at the end; it grows from 0")
-    add("--cutout_length", type=number(int, 0), help="side of the cut square in pixels; 0: none")
-    add("--seed", type=number(int, 0), default=0, help="random seed; DARTS has 0")
+    add("--cutout_length", type=natural, help="side of the cut square in pixels; 0: none")
+    add("--seed", type=natural, default=0, help="random seed; DARTS has 0")
     add_run_flags(parser)
     return parser
 
@@ -284,9 +280,14 @@ def protocol(args):
     size = DATASETS[args.dataset].size
     image_size = args.image_size or size
     defaults["cutout_length"] = defaults["cutout_length"] * image_size // size
-    if image_size != (224 if args.dataset == "imagenet" else 32):   # the head fits no other
+    if image_size != head_size(args):
         defaults["auxiliary_weight"] = 0.0
     return defaults
+
+
+def head_size(args):
+    """The side of the images whose feature maps the auxiliary head fits."""
+    return 224 if args.dataset == "imagenet" else 32
 
 
 def parse(arguments):
@@ -299,9 +300,10 @@ def parse(arguments):
         raise SystemExit("--genotype is needed: a genotype.json, or a name that `python "
                          "genotypes.py` lists")
     args = parse_flags(parser, arguments, protocol)
-    if args.batch_size < 2 * WORLD:
-        raise SystemExit(f"--batch_size {args.batch_size} is too small: each of {WORLD} processes "
-                         f"needs two images")
+    size = args.image_size or DATASETS[args.dataset].size
+    if args.auxiliary_weight > 0 and size != head_size(args):
+        raise SystemExit(f"--auxiliary_weight {args.auxiliary_weight}: the head is for images of "
+                         f"{head_size(args)}x{head_size(args)}, not {size}x{size}")
     if args.lr_scheduler == "linear" and args.epochs < 6:
         raise SystemExit("--lr_scheduler linear needs --epochs 6 or more: the last five have a "
                          "slope of their own")

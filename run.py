@@ -55,6 +55,10 @@ def number(kind, low, high=2**31 - 1, above=False):
     return read
 
 
+natural, positive_int, fraction = number(int, 0), number(int, 1), number(float, 0, 1)
+non_negative, positive = number(float, 0), number(float, 0, above=True)
+
+
 def parse_flags(parser, arguments, defaults):
     """The flags; with --resume FOLDER those in its config.json, of which few may be changed.
 
@@ -67,20 +71,13 @@ def parse_flags(parser, arguments, defaults):
     folder = Path(args.resume)
     folder = folder.parent if folder.is_file() else folder
     saved = {**read_json(folder / "config.json"), "out": str(folder), "resume": args.resume}
-    if saved.get("program") != parser.prog:
-        raise SystemExit(f"{folder} is not a run of {parser.prog}")
-    missing = vars(args).keys() - saved.keys()
-    if missing:
-        raise SystemExit(f"{folder} was made by another version of {parser.prog}, without "
-                         f"{', '.join(sorted(missing))}")
-    if saved["processes"] != WORLD:
-        raise SystemExit(f"{folder} is a run of {saved['processes']} processes, not {WORLD}")
-    args = parser.parse_args(arguments, argparse.Namespace(**saved))
-    for flag, value in saved.items():
-        now = getattr(args, flag)
-        if flag not in ("data", "device", "workers") and now != value:
-            raise SystemExit(f"--{flag} {now} differs from {value} in {folder}/config.json: leave "
-                             f"it out, or start a new run")
+    now = {**saved, "program": parser.prog, "processes": WORLD}
+    args = parser.parse_args(arguments, argparse.Namespace(**now))
+    for flag, value in vars(args).items():
+        was = saved.get(flag, "unknown")
+        if flag not in ("data", "device", "workers") and value != was:
+            raise SystemExit(f"{folder} is a run with {flag} {was}, not {value}: resume it as it "
+                             f"was, or start a new one")
     return args
 
 
@@ -88,7 +85,7 @@ def add_run_flags(parser):
     add = parser.add_argument_group("the run").add_argument
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
     add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
-    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet")
+    add("--workers", type=natural, default=4, help="processes that read ImageNet")
     add("--out", help="run folder (default: in runs/, named after all flags not at their defaults)")
     add("--resume", metavar="FOLDER",
         help="continue a run; --data, --device and --workers may change")
@@ -102,8 +99,8 @@ def folder_name(words, args, parser, without):
     changed = [f"{flag}={value}" for flag, value in vars(args).items()
                if flag not in without and value != parser.get_default(flag)]
     name = "-".join([*words, *changed, str(args.seed)]).replace("/", "-")
-    if len(name.encode()) > 200:                            # file systems allow 255
-        name = f"{name.encode()[:180].decode(errors='ignore')}-{make_seed(name):016x}"
+    if len(name.encode()) > 255:                            # no file system takes it
+        name = f"{name[:50]}-{make_seed(name):016x}"
     return f"runs/{name}"
 
 
@@ -131,22 +128,6 @@ def device_name(device):
     return f"{platform.machine()} {device.type}"
 
 
-def place(net, device, amp=False):
-    """Moves a network to its device. amp: bfloat16 and TF32, in place of float32.
-
-    channels_last makes depthwise convolutions 4 to 5 times faster on the CPU. On CUDA it is slow
-    in float32 (pytorch/pytorch #22302, #34977; not measured by us). Images are contiguous, so that
-    the layout of the weights decides.
-    """
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = amp
-    if amp:
-        net.autocast = torch.autocast(device.type, torch.bfloat16)
-    last = device.type == "cpu" or amp
-    layout = torch.channels_last if last else torch.contiguous_format
-    return net.to(device, memory_format=layout)
-
-
 def make_seed(*parts):
     """A seed from numbers and words, such as (seed, "epoch", 3). Other parts give other seeds."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
@@ -169,33 +150,10 @@ def means(totals):
 
 # ---------------------------------------------------------------- several processes, by torchrun
 
-def average_gradients(params):
-    """Replaces gradients by their mean over all processes, in one all-reduce of all of them.
-
-    DistributedDataParallel does so for one fixed set of parameters; a search has two, in turn.
-    """
-    if WORLD > 1:
-        grads = [p.grad for p in params if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        for grad, mean in zip(grads, (flat / WORLD).split([grad.numel() for grad in grads])):
-            grad.copy_(mean.view_as(grad))
-
-
 def share_buffers(net):
     """Gives all processes the first one's running statistics, which are tested and saved."""
     for buffer in net.buffers() if WORLD > 1 else ():
         dist.broadcast(buffer, 0)
-
-
-def one_first(read):
-    """read(), on each machine by one process first, as it may download data; then by the others."""
-    if WORLD > 1 and LOCAL_RANK > 0:
-        dist.barrier()
-    result = read()
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()
-    return result
 
 
 # ---------------------------------------------------------------- messages and files
@@ -213,14 +171,13 @@ def progress(items, what, total, images=0):
     pause = 10 if sys.stderr.isatty() else 60
     first = said = time.monotonic()
     for done, item in enumerate(items):
+        now = time.monotonic()
         if done == 1:
-            first = time.monotonic()                        # the first item takes longer: left out
-        elif done > 1 and time.monotonic() - said > pause:
-            said = time.monotonic()
-            rate = (done - 1) / (said - first)              # items a second
-            speed = f", {rate * images:.0f} images/s" if images else ""
-            left = (total - done) / rate
-            say(f"{what}: {done} of {total}, {left:.0f} s left{speed}", sys.stderr)
+            first = now                                     # the first item takes longer: left out
+        elif done > 1 and now - said > pause:
+            said, each = now, (now - first) / (done - 1)    # seconds an item
+            speed = f", {images / each:.0f} images/s" if images else ""
+            say(f"{what}: {done} of {total}, {each * (total - done):.0f} s left{speed}", sys.stderr)
         yield item
 
 
@@ -231,11 +188,15 @@ def reason(error):
 
 
 def write(path, content):
-    """Writes bytes or a text, all or nothing: a temporary file becomes `path` when complete."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    """Writes a text, or a dict as a .pt file, all or nothing: by a temporary file."""
+    temporary, buffer = Path(f"{path}.{os.getpid()}.tmp"), io.BytesIO()
+    if isinstance(content, str):
+        buffer.write(f"{content}\n".encode())
+    else:
+        torch.save(content, buffer)
     try:
         with open(temporary, "wb") as file:
-            file.write(f"{content}\n".encode() if isinstance(content, str) else content)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -243,13 +204,6 @@ def write(path, content):
         raise SystemExit(f"{path} cannot be written ({reason(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def to_bytes(state):
-    """The content of a .pt file."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def read_json(path):
@@ -307,8 +261,6 @@ class Run:
             self.lock.truncate(0)
             self.lock.write(json.dumps(vars(self.args), indent=1))
             self.lock.flush()
-            if vars(self.args).get("proxy") is not None:    # a copy, as the file may be moved
-                write(self.folder / "proxy.json", json.dumps(read_json(self.args.proxy)))
 
     def begin(self, parts, facts):
         """Loads the checkpoint, if there is one.
@@ -327,12 +279,11 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.epoch, self.log = saved["epoch"], saved["log"]
-            self.write_log()                                # it may be lost, or a line longer
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except Exception as error:                          # each part fails in its own way
             raise SystemExit(f"{self.checkpoint} does not fit this run ({reason(error)})") from None
 
-    def end_epoch(self, record, files={}):
-        """Logs an epoch, and saves what the next one starts from. files: {name: content} to add."""
+    def end_epoch(self, record):
+        """Logs an epoch, and saves what the next one starts from; with --keep_nets the network."""
         numbers = [value for value in record.values() if isinstance(value, float)]
         weights = self.parts["net"].parameters()
         if not (all(map(math.isfinite, numbers)) and all(w.isfinite().all() for w in weights)):
@@ -340,32 +291,22 @@ class Run:
                              f"smaller --learning_rate, in a new run")
         self.log, self.epoch = [*self.log, record], self.epoch + 1
         if RANK == 0:
-            for name, content in files.items():
-                write(self.folder / name, content)
-            self.write_log()
             states = {name: part.state_dict() for name, part in self.parts.items()}
-            state = {"epoch": self.epoch, "log": self.log, "facts": self.facts, **states}
-            write(self.checkpoint, to_bytes(state))
-
-    def write_log(self):
-        if RANK == 0:
+            if vars(self.args).get("keep_nets"):
+                write(self.folder / f"net-{self.epoch}.pt", states["net"])
             write(self.folder / "log.jsonl", "\n".join(map(json.dumps, self.log)))
+            write(self.checkpoint,
+                  {"epoch": self.epoch, "log": self.log, "facts": self.facts, **states})
 
 
 def check_facts(path, saved, facts):
-    """SystemExit if what a checkpoint was trained on is not what there is now."""
-    for name, value in facts.items():
-        if saved[name] != value and name == "classes":
-            raise SystemExit(f"{path}: {differing(saved[name], value)}")
-        if saved[name] != value:
-            raise SystemExit(f"{path}: the {name} was {saved[name]}, and is {value} now")
-
-
-def differing(classes, others):
-    """How two lists of classes differ, in words."""
-    only = sorted(set(classes) ^ set(others))
-    names = ", ".join(only[:3]) or "in their order"
-    return f"the classes differ ({names}{', ...' if len(only) > 3 else ''})"
+    """SystemExit if the images of `path` are not those that there are now: its facts differ."""
+    for name, now in facts.items():
+        was = saved[name]
+        if was != now:
+            if name == "classes":                           # only those that are not in both
+                was, now = sorted({*was} - {*now})[:3], sorted({*now} - {*was})[:3]
+            raise SystemExit(f"{path}: the {name} were {was}, and are {now}")
 
 
 def start(main):

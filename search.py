@@ -19,15 +19,16 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import Batches, add_data_flags, make_batches, open_split, read_proxy
 from genotypes import SPACES, Genotype, darts_notation, describe, to_json
 from larc import LARC
-from model import SuperNet
-from run import (RANK, WORLD, Parser, Run, add_run_flags, average_gradients, device_name,
-                 find_device, folder_name, make_seed, means, metrics, number, one_first,
-                 parse_flags, place, progress, say, share_buffers, start, to_bytes, write)
+from model import SuperNet, place
+from run import (RANK, WORLD, Parser, Run, add_run_flags, device_name, find_device, folder_name,
+                 fraction, make_seed, means, metrics, natural, non_negative, number, parse_flags,
+                 positive, positive_int, progress, say, share_buffers, start, write)
 
 DEFAULTS = {  # of data sets that are not searched as DARTS searches CIFAR-10; ours
     "digits": {"layers": 3, "init_channels": 8, "epochs": 10, "batch_size": 128,
@@ -67,7 +68,6 @@ def alpha_step(net, optimizer, images, labels):
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     loss.backward(inputs=list(net.alphas.values()))
-    average_gradients(net.alphas.values())                  # under torchrun
     optimizer.step()
     return loss, logits
 
@@ -78,10 +78,21 @@ def weight_step(net, optimizer, images, labels, grad_clip):
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     loss.backward(inputs=weights)
-    average_gradients(weights)
     torch.nn.utils.clip_grad_norm_(weights, grad_clip)
     optimizer.step()
     return loss, logits
+
+
+def average_gradients(net):
+    """Under torchrun every gradient, once made, becomes its mean over all processes.
+
+    DistributedDataParallel does so for one fixed set of parameters; a search has two, in turn.
+    """
+    def average(p):
+        dist.all_reduce(p.grad)
+        p.grad /= WORLD
+    for p in net.parameters() if WORLD > 1 else ():
+        p.register_post_accumulate_grad_hook(average)
 
 
 # ---------------------------------------------------------------- the parts of a search
@@ -100,7 +111,7 @@ class Parts(NamedTuple):
 
 def read_halves(args, device):
     """The training split's first part, for w, and its rest, for alpha; never the test split."""
-    split = one_first(lambda: open_split(args, True, device))
+    split = open_split(args, True, device)
     if args.proxy is not None:
         return read_proxy(args, split)
     count = len(split.labels)
@@ -139,6 +150,7 @@ def make_parts(args, make_net=make_supernet):
                for purpose, half in halves.items()]
     torch.manual_seed(args.seed)
     net = place(make_net(args, len(w_half.classes)), device, args.amp)
+    average_gradients(net)
     return Parts(args, net, *make_optimizers(net, args), *batches)
 
 
@@ -151,7 +163,8 @@ def search(args, run):
     for epoch in range(run.epoch, args.epochs):
         record = train_epoch(parts, epoch)                  # alpha, w, alpha, w, ... (Eq. 2)
         end_epoch(parts, run, record)                       # validate, log, save a checkpoint
-    finish(run, derive(parts.net.space, parts.net.betas()), seconds_of(run.log))
+    seconds = sum(record["seconds"] for record in run.log)
+    finish(run, derive(parts.net.space, parts.net.betas()), seconds)
 
 
 def begin(parts, run):
@@ -196,7 +209,7 @@ def end_epoch(parts, run, record):
     """Validates, then logs and saves the epoch."""
     genotype = derive(parts.net.space, parts.net.betas())
     validate(parts, record)
-    save_epoch(parts, run, {**record, "genotype": genotype._asdict()})
+    run.end_epoch({**record, "genotype": genotype._asdict()})
     chosen = Counter(name for node in genotype.normal + genotype.reduce for name, _ in node)
     say(epoch_line(record, ", ".join(f"{count} {name}" for name, count in sorted(chosen.items()))))
 
@@ -210,14 +223,6 @@ def validate(parts, record):
                "beta_skip": mean_beta(space, betas, "skip_connect"),
                "alphas": {cell_type: alpha.tolist() for cell_type, alpha in net.alphas.items()}}
     record["seconds"] += time.monotonic() - started
-
-
-def save_epoch(parts, run, record):
-    """Logs and saves a validated epoch; with --keep_nets its network too."""
-    files = {}
-    if parts.args.keep_nets:
-        files[f"net-{record['epoch'] + 1}.pt"] = to_bytes(parts.net.state_dict())
-    run.end_epoch(record, files)
 
 
 @torch.no_grad()
@@ -247,10 +252,6 @@ def epoch_line(record, cell):
                        "{seconds:.0f} s"]).format(**record)
 
 
-def seconds_of(log):
-    return sum(record["seconds"] for record in log)
-
-
 def finish(run, genotype, seconds):
     """Writes the cell and the search it came from, which retrain.py copies for the tables."""
     source = {**vars(run.args), "train_split": run.facts["train_split"], "seconds": seconds,
@@ -278,38 +279,38 @@ def make_parser(program="search.py", description=__doc__):
     add("--larc", action="store_true", help="a learning rate for each tensor (section 4.2)")
     add("--sqrt_beta", action="store_true",
         help="weigh operations by the root of beta, Eq. 6 (section 4.3)")
-    add("--larc_trust", type=number(float, 0, above=True), default=1.0,
+    add("--larc_trust", type=positive, default=1.0,
         help="trust coefficient of --larc; section 4.2 has none")
     add("--larc_clip", action="store_true",
         help="clip form of --larc, at most the global rate (with --larc_trust 0.02: the release)")
 
     add = parser.add_argument_group(
         "the search (defaults: DARTS, but for the weight decay)").add_argument
-    add("--epochs", type=number(int, 1), default=50, help="number of epochs")
+    add("--epochs", type=positive_int, default=50, help="number of epochs")
     add("--batch_size", type=number(int, 2), default=64,
         help="images in each step's two batches; the release: 96")
-    add("--learning_rate", type=number(float, 0), default=0.025,
+    add("--learning_rate", type=non_negative, default=0.025,
         help="SGD rate of the first epoch")
-    add("--learning_rate_min", type=number(float, 0), default=0.001,
+    add("--learning_rate_min", type=non_negative, default=0.001,
         help="SGD rate at the cosine's end")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum")
-    add("--weight_decay", type=number(float, 0), default=5e-3,
+    add("--momentum", type=fraction, default=0.9, help="SGD momentum")
+    add("--weight_decay", type=non_negative, default=5e-3,
         help="section 3, DARTS-L2: 5e-3; DARTS: 3e-4")
-    add("--grad_clip", type=number(float, 0, above=True), default=5.0,
+    add("--grad_clip", type=positive, default=5.0,
         help="largest 2-norm of w's gradient")
-    add("--arch_learning_rate", type=number(float, 0), default=3e-4, help="Adam rate of alpha")
-    add("--arch_weight_decay", type=number(float, 0), default=1e-3, help="weight decay of alpha")
-    add("--train_portion", type=number(float, 0, 1, above=True), default=0.5,
+    add("--arch_learning_rate", type=non_negative, default=3e-4, help="Adam rate of alpha")
+    add("--arch_weight_decay", type=non_negative, default=1e-3, help="weight decay of alpha")
+    add("--train_portion", type=fraction, default=0.5,
         help="part of the training split that trains w; the rest trains alpha")
-    add("--seed", type=number(int, 0), default=2, help="random seed")
+    add("--seed", type=natural, default=2, help="random seed")
 
     add = parser.add_argument_group("the network (defaults: DARTS)").add_argument
     add("--space", default="darts", choices=SPACES,
         help="section 5.1: darts; section 5.2: s1 to s4")
-    add("--init_channels", type=number(int, 1, 4096), default=16,
+    add("--init_channels", type=positive_int, default=16,
         help="channels of the first cell")
-    add("--layers", type=number(int, 3, 1000), default=8, help="number of cells")
-    add("--stem_multiplier", type=number(int, 1, 64), default=3,
+    add("--layers", type=number(int, 3), default=8, help="number of cells")
+    add("--stem_multiplier", type=positive_int, default=3,
         help="channels of the stem, in units of --init_channels; the release: 1")
 
     add_data_flags(parser)
@@ -329,9 +330,6 @@ def parse(arguments, parser=None, method=None):
     name = "+".join([method, *switches] if method else switches) or "darts_l2"
     words = [args.dataset, args.space, name]
     args.out = args.out or folder_name(words, args, parser, {*switches, "space"})
-    if args.batch_size < 2 * WORLD:
-        raise SystemExit(f"--batch_size {args.batch_size} is too small: each of {WORLD} processes "
-                         f"needs two images")
     if args.proxy is not None and (args.limit, args.train_portion) != (None, 0.5):
         raise SystemExit("--proxy says which images train w and alpha: leave out --limit and "
                          "--train_portion")
@@ -341,8 +339,8 @@ def parse(arguments, parser=None, method=None):
     if not args.larc and (args.larc_clip or args.larc_trust != 1):
         raise SystemExit("--larc_trust and --larc_clip change LARC: they need --larc")
     if args.sqrt_beta and not args.node_norm:
-        say("warning: --sqrt_beta without --node_norm lets node variances grow with depth (about "
-            "2, 6, 15, 32 at the nodes of the first cell, against 1 with it)", sys.stderr)
+        say("warning: --sqrt_beta without --node_norm lets node variances grow with depth, about "
+            "2, 6, 15, 32 in the first cell", sys.stderr)
     return args
 
 

@@ -47,8 +47,8 @@ import search
 from genotypes import (DARTS_PRIMITIVES, PUBLISHED, SPACES, Genotype, from_text, load_genotype,
                        to_json)
 from larc import LARC, local_factors
-from model import (OPS, AuxiliaryHead, Cell, DilatedConv, MixedOp, Network, SearchCell, SuperNet,
-                   count_macs, count_parameters, mixing_weights)
+from model import (OPS, AuxiliaryHead, Cell, MixedOp, Network, SearchCell, SuperNet, count_macs,
+                   count_parameters, mixing_weights, place)
 from run import make_seed
 
 HERE = Path(__file__).parent
@@ -62,6 +62,7 @@ LR, MOMENTUM, DECAY, CLIP = 0.05, 0.7, 0.02, 0.3            # none is a default
 SGD = [f"--learning_rate={LR}", f"--momentum={MOMENTUM}", f"--weight_decay={DECAY}",
        f"--grad_clip={CLIP}"]
 CPU = torch.device("cpu")
+CELL = PUBLISHED["DARTS_V2"].genotype
 torch.set_num_threads(1)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -131,9 +132,9 @@ def slow_op(name, p, prefix, x, stride):
         return F.avg_pool2d(x, 3, stride, 1) / F.avg_pool2d(torch.ones_like(x), 3, stride, 1)
     C, kernel, dilation = x.shape[1], int(name[-1]), 2 if "dil" in name else 1
     padding = dilation * (kernel // 2)
-    for k in (0,) if "dil" in name else (0, 4):             # sep_conv: twice
+    for k in (1,) if "dil" in name else (0, 4):             # sep_conv: twice
         depthwise, pointwise = p[f"{prefix}.body.{k}.weight"], p[f"{prefix}.body.{k + 1}.weight"]
-        x = F.conv2d(F.relu(x), depthwise, None, 1 if k else stride, padding, dilation, groups=C)
+        x = F.conv2d(F.relu(x), depthwise, None, stride if k < 4 else 1, padding, dilation, C)
         x = norm_at(p, f"{prefix}.body.{k + 2}", F.conv2d(x, pointwise))
     return x
 
@@ -219,7 +220,7 @@ def assert_equals_oracle(net, oracle, *given):
     (False, True, "darts", (15, 10)), (True, True, "darts", (8, 8)), (True, True, "s1", (14, 8))])
 def test_supernet_equals_slow_darts(float64, node_norm, sqrt_beta, space, size, device):
     torch.manual_seed(0)
-    net = run.place(SuperNet(SPACES[space], 2, 4, 10, node_norm, sqrt_beta), torch.device(device))
+    net = place(SuperNet(SPACES[space], 2, 4, 10, node_norm, sqrt_beta), torch.device(device))
     for alpha in net.alphas.values():
         alpha.data.normal_()
     images = torch.randn(4, 3, *size)
@@ -230,7 +231,7 @@ def test_supernet_equals_slow_darts(float64, node_norm, sqrt_beta, space, size, 
 def test_derived_network_equals_slow_darts(float64, imagenet, size, layers):
     torch.manual_seed(0)
     genotype = PUBLISHED["VS_DARTS_2nd"].genotype           # skips, pools, both convolutions
-    net = run.place(Network(genotype, 4, layers, 5, auxiliary=True, imagenet=imagenet), CPU)
+    net = place(Network(genotype, 4, layers, 5, auxiliary=True, imagenet=imagenet), CPU)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):              # fresh ones are 1 and 0
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -242,28 +243,25 @@ def test_derived_network_equals_slow_darts(float64, imagenet, size, layers):
     assert net.eval()(images)[1] is None                    # the head is for training only
 
 
-@pytest.mark.parametrize("name", ["PR_DARTS", "AmoebaNet_B"])
-def test_derived_networks_are_plain_modules_that_torch_fx_reads(name):
-    net = Network(PUBLISHED[name].genotype, 4, 6, 10).eval()
+def test_torch_fx_reads_a_derived_network():
+    net = Network(PUBLISHED["PR_DARTS"].genotype, 4, 6, 10).eval()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(torch.fx.symbolic_trace(net)(images)[0], net(images)[0])
-    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    assert {type(conv) for conv in convs} == {nn.Conv2d}
 
 
 def test_supernet_parameter_counts():
     with torch.device("meta"):
         nets = [*map(SuperNet, SPACES.values()), SuperNet(SPACES["darts"], stem_multiplier=1),
-                SuperNet(SPACES["s3"], num_classes=100)]
+                SuperNet(SPACES["s3"], num_classes=100),
+                SuperNet(SPACES["darts"], num_classes=1000, imagenet=True)]
         heads = [AuxiliaryHead(576, 10, imagenet) for imagenet in (False, True)]
-    counts = [sum(p.numel() for p in net.weights) for net in nets]
-    assert counts == [1930618, 405146, 665466, 665466, 624506, 1928154, 665466 + 23130]
+    counts = [sum(w.numel() for w in net.weights) for net in nets]
+    assert counts == [1930618, 405146, 665466, 665466, 624506, 1928154, 665466 + 23130, 2215648]
     assert [sum(p.numel() for p in head.parameters()) for head in heads] == [476426, 474890]
 
 
 def test_weights_are_what_the_network_holds_when_asked():
     net = SuperNet(SPACES["s2"], 2, 3)
-    net.stem[0] = nn.Conv2d(1, 6, 3, padding=1, bias=False)
     net.classifier = nn.Linear(net.classifier.in_features, 4)
     net.load_state_dict(deepcopy(net.state_dict()), assign=True)
     assert {*net.weights} == {*net.parameters()} - {*net.alphas.values()}
@@ -313,7 +311,7 @@ def test_variance_of_the_mixture_is_that_of_equations_4_to_6(float64, sqrt_beta)
 @pytest.mark.parametrize("name", OPS)
 def test_every_operation_trains_in_channels_last_on_any_size(name):
     """A strided 1x1 convolution, in place of Subsample, would overrun its memory here."""
-    for stride, size in product((1, 2), (7, 8, 56)):
+    for stride, size in product((1, 2), (7, 56)):
         op = OPS[name](4, stride, True).to(memory_format=torch.channels_last)
         x = torch.randn(4, 4, size, size).contiguous(memory_format=torch.channels_last)
         y = op(x.requires_grad_())
@@ -327,50 +325,41 @@ def test_every_operation_trains_in_channels_last_on_any_size(name):
 
 
 def test_drop_path_takes_samples_of_all_inputs_but_identities():
-    node = ("skip_connect", 0), ("avg_pool_3x3", 1)
-    cell = Cell([node], (2,), 2, 2, 2, False, False)
-    cell.preprocess0 = cell.preprocess1 = nn.Identity()
     s0, s1 = torch.rand(2, 200, 2, 4, 4) + 1
-    pooled = cell.eval()(s0, s1, 0.2) - s0                  # whole in eval mode
-    assert torch.equal(cell.train()(s0, s1, 0.0) - s0, pooled)
-    rest = cell(s0, s1, 0.2) - s0                           # the identity is never dropped
+
+    def drop(node, probability, reduction=False):
+        cell = Cell([node], (2,), 2, 2, 2, reduction, False)
+        cell.preprocess0 = cell.preprocess1 = nn.Identity()
+        return cell(s0, s1, probability)
+    node = ("skip_connect", 0), ("avg_pool_3x3", 1)
+    pooled, rest = drop(node, 0.0) - s0, drop(node, 0.2) - s0       # the identity stays
     kept = rest.flatten(1).abs().sum(1) > 1e-3
     assert 130 < kept.sum() < 190
     assert_near(rest[kept], pooled[kept] / 0.8, 1e-5)
-    strided = Cell([node[:1]], (2,), 2, 2, 2, True, False)  # that is no identity
-    assert 130 < strided(s0, s1, 0.2).flatten(1).any(1).sum() < 190
+    strided = drop(node[:1], 0.2, reduction=True)           # a skip that is no identity
+    assert 130 < strided.flatten(1).any(1).sum() < 190
 
 
-NEAR = torch.tensor([[0.1253, *7 * [0.8747 / 7]], 8 * [0.125]]).log()  # bfloat16: 0.125 all of them
-
-
-@pytest.mark.parametrize("sqrt_beta", [False, True])
-def test_beta_weighs_and_sums_in_float32_under_amp(sqrt_beta):
-    """Autocast leaves pools as they are: values and gradients equal float32's."""
-    mixed, x, results = MixedOp(4, 2, DARTS_PRIMITIVES[:3]), torch.randn(8, 4, 8, 8), []
-    for amp in (False, True):
-        alpha = NEAR[0, :3].clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            y = mixed(x, mixing_weights(alpha, sqrt_beta))
-        results.append([y, *torch.autograd.grad(y.pow(3).mean(), alpha)])
-    assert_near(*results, 1e-6)
-
-
-@pytest.mark.parametrize("sqrt_beta", [False, True])
-def test_logits_under_amp_are_float32_and_differ_for_near_betas(sqrt_beta):
-    net = run.place(SuperNet(SPACES["darts"], 2, 3, sqrt_beta=sqrt_beta), CPU, amp=True)
-    images, results = torch.randn(8, 3, 16, 16), []
-    for row in NEAR:
+def test_under_amp_near_betas_differ_and_logits_are_float32():
+    """In bfloat16 0.1253 would be 0.125, as all others are."""
+    near = torch.tensor([[0.1253, *7 * [0.8747 / 7]], 8 * [0.125]]).log()
+    net, images = place(SuperNet(SPACES["darts"], 2, 3), CPU, amp=True), torch.randn(8, 3, 16, 16)
+    derived, logits = place(Network(CELL, 2, 3), CPU, amp=True), []
+    for row in near:
         for alpha in net.alphas.values():
             alpha.data.copy_(row)
-        results.append(net(images))
-    assert not torch.equal(*results)
-    genotype = PUBLISHED["VS_DARTS"].genotype
-    derived = run.place(Network(genotype, 2, 3, auxiliary=True), CPU, amp=True)
-    logits, logits_aux = derived(torch.randn(2, 3, 32, 32))
-    for found in (*results, logits):                        # not rounded before
+        logits.append(net(images))
+    assert not torch.equal(*logits)
+    for found in (*logits, derived(images)[0]):             # not rounded before
         assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16())
-    assert logits_aux.dtype == torch.float32
+
+
+def test_mixtures_are_summed_in_float32_under_amp():
+    """Autocast leaves pools as they are."""
+    mixed, x, beta = MixedOp(4, 2, DARTS_PRIMITIVES[:3]), torch.randn(8, 4, 8, 8), torch.rand(3)
+    expected = mixed(x, beta)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_near(mixed(x, beta), expected, 1e-6)
 
 
 def slow_larc(w, g, m, lr, momentum, decay, trust, clip):
@@ -466,37 +455,29 @@ def test_spaces_and_published_cells_are_those_of_their_sources():
     assert digest.startswith("bec1fe94bab5e1fcc2024a06")
 
 
-CELL = PUBLISHED["DARTS_V2"].genotype
 DARTS = """Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), \
 ('sep_conv_3x3', 1), ('sep_conv_3x3', 1), ('skip_connect', 0), ('skip_connect', 0), \
 ('dil_conv_3x3', 2)], normal_concat=range(2, 6), reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), \
 ('skip_connect', 2), ('max_pool_3x3', 1), ('max_pool_3x3', 0), ('skip_connect', 2), \
 ('skip_connect', 2), ('max_pool_3x3', 1)], reduce_concat=range(2, 6))"""
 PT_DARTS = re.sub(r"(\('\w+', \d\), \('\w+', \d\))", r"[\1]", DARTS)      # a list for every node
-LISTS = DARTS.replace("range(2, 6)", "[2, 3, 4, 5]")
 FLAT = CELL._replace(normal=sum(CELL.normal, ()), reduce=sum(CELL.reduce, ()))
 FORK = f"Genotype = namedtuple('Genotype', 'normal ...')\n\nclass Genotype(Base):\n\nA = {DARTS}\n"
 LOGGED = '{"beta_none": null, "genotype": %s, "larc": true}' % json.dumps(CELL._asdict())
 
 
 @pytest.mark.parametrize("text", [
-    to_json(CELL), json.dumps(CELL), to_json(FLAT), json.dumps(FLAT),
-    str(CELL), str(tuple(CELL)), str(CELL._asdict()),
-    DARTS, FORK, LISTS, PT_DARTS, f"gt.{PT_DARTS}", f"x(1) {DARTS} y(2)",
-    f"DARTS_V2 = {DARTS}\n", f"2021-05-06 07:08:09,123 genotype = {DARTS}",
+    to_json(CELL), json.dumps(FLAT), str(CELL), FORK, PT_DARTS,
     f"07/12 01:23:45 PM | genotype = {PT_DARTS}",
-    f"{PT_DARTS}\n{DARTS}\nA = {LISTS}\nB = {FLAT}",        # one cell in four spellings
+    f"{PT_DARTS}\n{DARTS}\nB = {FLAT}",                     # one cell in three spellings
     f"cut off: {DARTS[:90]}\n{DARTS}", f"# B = Genotype(normal=[\n#  ('x', 0)])\nA = {DARTS}",
-    DARTS.replace("[", "(").replace("]", ")"), DARTS.replace("'", '\\"'),
+    DARTS.replace("'", '\\"'), re.sub(r"\w+=", "", DARTS),
     DARTS.replace("=", " = ").replace(", ", ",\n    ").replace("1),", "1),  # next (of 8"),
-    re.sub(r"\w+=", "", DARTS), re.sub(r"normal\w*=", "", DARTS),
-    f"genotype.json\n{genotypes.describe(CELL)}\n  in DARTS's notation:\n{DARTS}\npython run.py",
-    PT_DARTS.replace("], [", "],\n  ["),
     PT_DARTS.replace("6))", "6),\n  connectN=None, connects=None)"),        # AutoDL-Projects
-    LOGGED, f"{LOGGED}\n{LOGGED}", LOGGED.replace(", ", ",\n  ")])
+    f"{LOGGED}\n{LOGGED}"])
 def test_cells_are_read_in_everybodys_notation(text):
     assert from_text(text) == load_genotype(text) == CELL
-    for encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"):
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-le"):
         Path("cell").write_text(text, encoding=encoding)
         assert load_genotype("cell") == CELL
 
@@ -506,10 +487,9 @@ def test_one_of_several_cells_is_called_by_its_name_or_number():
     Path("fork").write_text(f"{FORK}B = {other}\nC = {DARTS.replace('dil', 'sep')}\n")
     Path("log").write_text(f"{LOGGED.replace('dil', 'sep')}\n{LOGGED}\n")
     assert load_genotype("fork:A") == load_genotype("log:2") == CELL != load_genotype("fork:C")
-    assert "(A, B, C) one is wanted: FILE:NAME" in refusal(genotypes.main, ["fork"])
-    assert "(A, B, C) one is wanted: FILE:NAME" in refusal(genotypes.main, ["fork:D"])
-    assert "(1, 2) one is wanted: FILE:NAME" in refusal(genotypes.main, ["log"])
-    assert "('conv_7x1_1x7', 2) is not (operation" in refusal(genotypes.main, ["fork:B"])
+    for name, said in (("fork", "(A, B, C) one is wanted: FILE:NAME"), ("fork:D", "(A, B, C)"),
+                       ("fork:B", "('conv_7x1_1x7', 2) is not (operation")):
+        assert said in refusal(genotypes.main, [name])
 
 
 def test_an_input_of_none_is_left_out():
@@ -590,20 +570,13 @@ def shown_by(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_genotypes_command_lists_the_published_cells(capsys):
-    *lines, last = shown_by(capsys).splitlines()
-    assert [line.split()[0] for line in lines] == list(PUBLISHED) and "2325c4b" in lines[-1]
-    assert "python genotypes.py NAME" in last
-
-
 def test_genotypes_command_shows_a_cell_in_the_notations_that_can_be_read_again(capsys):
-    shown, both = shown_by(capsys, "DARTS_V2"), shown_by(capsys, "DARTS_V2", "--pt_darts")
+    *lines, last = shown_by(capsys).splitlines()
+    assert [line.split()[0] for line in lines] == list(PUBLISHED) and "genotypes.py NAME" in last
+    shown = shown_by(capsys, "DARTS_V2", "--pt_darts")
     assert "node 5 = skip_connect(0) + dil_conv_3x3(2)" in shown
     assert "output = concat(2, 3, 4, 5)" in shown and "528,359,040 multiply-adds" in shown
-    assert DARTS in shown.splitlines() and PT_DARTS not in shown and "warning" not in shown
-    assert {DARTS, PT_DARTS} <= {*both.splitlines()} and from_text(both) == CELL
-    last = shown_by(capsys, "AmoebaNet_B").splitlines()[-1]
-    assert last == "# warning: DARTS's code has no max_pool_2x2, nor_conv_1x1, nor_conv_3x3"
+    assert {DARTS, PT_DARTS} <= {*shown.splitlines()} and from_text(shown) == CELL
     assert "cannot be written in DARTS's notation" in shown_by(capsys, "FairDARTS_B")
 
 
@@ -615,24 +588,13 @@ def test_what_is_written_can_be_read(name):
         assert from_text(genotypes.darts_notation(cell)) == cell
 
 
-def test_random_cells_are_valid_uniform_and_repeatable(capsys):
+def test_random_cells_are_uniform_and_repeatable(capsys):
     cells = [genotypes.random_genotype(seed) for seed in range(500)]
     assert from_text(shown_by(capsys, "--random", "3")) == cells[3] != cells[4]
-    assert all(from_text(to_json(cell)) == cell for cell in cells)
     pairs = Counter(frozenset(i for _, i in cell.normal[2]) for cell in cells)      # of 0 to 3
-    assert len(pairs) == 6 and {*map(len, pairs)} == {2}
-    assert all(abs(count - 500 / 6) < 40 for count in pairs.values())
     names = Counter(name for cell in cells for node in cell.reduce for name, _ in node)
-    assert {*names} == {*DARTS_PRIMITIVES[1:]}
-    assert all(abs(count - 4000 / 7) < 100 for count in names.values())
-
-
-@pytest.mark.parametrize("reader", ["head -1", "true"])    # true: reads nothing
-def test_genotypes_into_a_pipe_that_closes_ends_quietly(reader):
-    command = f"{sys.executable} genotypes.py | {reader}"
-    process = subprocess.run(command, shell=True, cwd=HERE, env=ENVIRONMENT, text=True,
-                             capture_output=True)
-    assert process.stderr == "" and process.stdout.count("\n") == (reader == "head -1")
+    assert len(pairs) == 6 and all(abs(count - 500 / 6) < 40 for count in pairs.values())
+    assert len(names) == 7 and all(abs(count - 4000 / 7) < 100 for count in names.values())
 
 
 # ---------------------------------------------------------------- epochs against plain loops, steps
@@ -644,6 +606,11 @@ def open_split(dataset, train=True, device=CPU, **flags):
 
 def batches(split, size, purpose, epoch=0, **options):
     return list(data.make_batches(split, size, make_seed(5, purpose), **options).epoch(epoch))
+
+
+def as_process(monkeypatch, rank, world):
+    monkeypatch.setattr(data, "RANK", rank)
+    monkeypatch.setattr(data, "WORLD", world)
 
 
 def slow_sgd(gradients, weights, momenta, lr):
@@ -667,18 +634,18 @@ def percent(right):
 
 def test_epochs_of_the_search_equal_a_plain_loop(float64):
     """The halves are unequal. Alpha's batches go on where those of the epoch before ended."""
-    search.main([*TINY, *SGD, "--epochs=2", "--space=s3", "--node_norm", "--batch_size=128",
-                 "--train_portion=0.4", "--arch_learning_rate=0.1", "--arch_weight_decay=0.2",
-                 "--out=run"])
-    split = open_split("digits")                            # 1,437 images
-    w_half, alpha_half = split.take(slice(574)), split.take(slice(574, None))
+    search.main([*TINY, *SGD, "--epochs=2", "--space=s3", "--node_norm", "--batch_size=64",
+                 "--limit=600", "--train_portion=0.4", "--arch_learning_rate=0.1",
+                 "--arch_weight_decay=0.2", "--out=run"])
+    split = open_split("digits")
+    w_half, alpha_half = split.take(slice(240)), split.take(slice(240, 600))
     torch.manual_seed(5)
     net = SuperNet(SPACES["s3"], 2, 3, 10, node_norm=True)
     adam = torch.optim.Adam(net.alphas.values(), 0.1, betas=(0.5, 0.999), weight_decay=0.2)
     momenta = [torch.zeros_like(w) for w in net.weights]
-    stream = iter([*batches(alpha_half, 128, "alpha", 0), *batches(alpha_half, 128, "alpha", 1)])
+    stream = iter([*batches(alpha_half, 64, "alpha", 0), *batches(alpha_half, 64, "alpha", 1)])
     for epoch, lr in enumerate((LR, (LR + 0.001) / 2)):     # of a cosine
-        for w_batch in batches(w_half, 128, "w", epoch):
+        for w_batch in batches(w_half, 64, "w", epoch):
             images, labels = next(stream)
             F.cross_entropy(net(images), labels).backward()
             adam.step()
@@ -686,8 +653,8 @@ def test_epochs_of_the_search_equal_a_plain_loop(float64):
             images, labels = w_batch
             loss = F.cross_entropy(net(images), labels)
             slow_sgd(torch.autograd.grad(loss, net.weights), net.weights, momenta, lr)
-    assert len([*stream]) == 4                              # 10 of 14 were seen
-    images, labels = map(torch.cat, zip(*batches(alpha_half, 128, "validation", 1)))
+    assert len([*stream]) == 4                              # 8 of 12 were seen
+    images, labels = map(torch.cat, zip(*batches(alpha_half, 64, "validation", 1)))
     logits, betas = net.eval()(images), torch.cat([*net.betas().values()])
     assert_run_ended_with(net, lr=lr, valid_loss=F.cross_entropy(logits, labels).item(),
                           valid_acc=percent(logits.argmax(1) == labels),
@@ -695,7 +662,7 @@ def test_epochs_of_the_search_equal_a_plain_loop(float64):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_epochs_of_retraining_equal_a_plain_loop(tmp_path, float64, world):
+def test_epochs_of_retraining_equal_a_plain_loop(tmp_path, monkeypatch, float64, world):
     """Two processes share every batch, the last of nine images; each has drop-paths of its own.
 
     Nothing uses the last node of a normal cell.
@@ -716,9 +683,10 @@ def test_epochs_of_retraining_equal_a_plain_loop(tmp_path, float64, world):
     momenta = [torch.zeros_like(w) for w in used(net)]
     for epoch, lr in enumerate((LR, LR / 2)):               # of a cosine
         seeds = [make_seed(5, "drop path", epoch, rank) for rank in range(world)]
-        states = [torch.manual_seed(seed).get_state() for seed in seeds]
-        shares = [batches(split.take(slice(41)), 8, "data", epoch, cutout=9, rank=k, world=world)
-                  for k in range(world)]
+        states, shares = [torch.manual_seed(seed).get_state() for seed in seeds], []
+        for rank in range(world):
+            as_process(monkeypatch, rank, world)
+            shares.append(batches(split.take(slice(41)), 8, "data", epoch, cutout=9))
         net.drop_path_prob = 0.3 * epoch
         for parts in zip(*shares, strict=True):
             gradients = []
@@ -730,6 +698,7 @@ def test_epochs_of_retraining_equal_a_plain_loop(tmp_path, float64, world):
                 gradients.append(torch.autograd.grad(loss + 0.3 * loss_aux, used(copy)))
                 states[k] = torch.get_rng_state()
             slow_sgd([sum(g) / world for g in zip(*gradients)], used(net), momenta, lr)
+    as_process(monkeypatch, 0, 1)
     images, labels, *_ = open_split("digits", False, image_size=32)
     logits, _ = net.eval()(((images / 255 - 0.3054) / 0.3753).permute(0, 3, 1, 2))
     in_top5 = (logits.topk(5).indices == labels[:, None]).any(1)
@@ -743,13 +712,12 @@ def test_each_switch_reaches_its_own_place(capsys, node_norm, larc, sqrt_beta):
     switches = ["--node_norm"] * node_norm + ["--sqrt_beta"] * sqrt_beta
     switches += ["--larc", "--larc_trust=0.1", "--larc_clip"] * larc
     parts = search.make_parts(search.parse([*TINY, *switches, "--space=s1"]))
-    net, optimizer = parts.net, parts.w_optimizer
+    net, defaults = parts.net, parts.w_optimizer.defaults
     normalize = nn.BatchNorm2d if node_norm else nn.Identity
     assert {type(module) for cell in net.cells for module in cell.normalize} == {normalize}
     assert net.sqrt_beta is sqrt_beta and net.space == SPACES["s1"]
-    assert type(optimizer) is (LARC if larc else torch.optim.SGD)
-    if larc:
-        assert optimizer.defaults["trust_coefficient"] == 0.1 and optimizer.defaults["clip"]
+    assert (defaults.get("trust_coefficient"), defaults.get("clip")) == (
+        (0.1, True) if larc else (None, None))
     assert ("--sqrt_beta without" in capsys.readouterr().err) == (sqrt_beta and not node_norm)
 
 
@@ -790,20 +758,20 @@ def test_epochs_wait_for_nothing(monkeypatch):
 
 # ---------------------------------------------------------------- data, schedules
 
-@pytest.mark.parametrize("size, pad, places", [(8, 1, 9), (28, 4, 162), (32, 4, 162)])
-def test_crop_and_flip_have_torchvisions_distribution(size, pad, places):
-    """Of images whose pixels differ from each other and from the padding. 8x8: without flip."""
-    pixels = torch.arange(size * size).remainder(251).add(1).to(torch.uint8)
-    images = pixels.view(size, size, 1).expand(20 * places, size, size, 3)
+def test_crop_and_flip_have_torchvisions_distribution():
+    """Of images whose pixels differ from each other and from the padding: 9 x 9 places, 2 sides."""
+    pixels = torch.arange(32 * 32).remainder(251).add(1).to(torch.uint8)
+    images = pixels.view(32, 32, 1).expand(20 * 162, 32, 32, 3)
     torch.manual_seed(0)
-    spec = data.Spec(size, mean=(0.0,) * 3, std=(1 / 255,) * 3, flip=size > 8)
+    spec = data.Spec(32, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     ours = data.augment(images, torch.rand(len(images), 5), spec)
-    flip = v2.RandomHorizontalFlip(0.5 if size > 8 else 0)
-    transform = v2.Compose([v2.RandomCrop(size, padding=pad), flip])
+    transform = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
     theirs = torch.stack([transform(image.permute(2, 0, 1)) for image in images])
     seen, counts = ours.round().to(torch.uint8).unique(dim=0, return_counts=True)
-    assert torch.equal(seen, theirs.unique(dim=0)) and len(seen) == places
-    assert ((counts - 20) ** 2 / 20).sum() < places + 3 * math.sqrt(2 * places)     # chi-square
+    assert torch.equal(seen, theirs.unique(dim=0)) and len(seen) == 162
+    assert ((counts - 20) ** 2 / 20).sum() < 162 + 3 * math.sqrt(2 * 162)   # chi-square
+    small = data.augment(images[:, :8, :8], torch.rand(len(images), 5), spec._replace(flip=False))
+    assert len(small.unique(dim=0)) == 9
 
 
 def test_cutout_hides_darts_square():
@@ -826,84 +794,78 @@ def numbered(request):
     return open_split(request.param, image_size=16)
 
 
-def epoch_of(split, size=13, seed=1, epoch=0, world=1, train=True):
+def epoch_of(monkeypatch, split, size=13, seed=1, epoch=0, world=1, train=True):
     """For each process the numbers in its batches; and all images by their number."""
     numbers, seen = [[] for _ in range(world)], {}
     for rank in range(world):
-        place = {"rank": rank, "world": world, "train": train}
-        for images, labels in data.make_batches(split, size, seed, 3, **place).epoch(epoch):
+        as_process(monkeypatch, rank, world)
+        for images, labels in data.make_batches(split, size, seed, 3, train).epoch(epoch):
             numbers[rank].append(labels.tolist())
             seen |= dict(zip(labels.tolist(), images))
     return numbers, torch.stack([seen[k] for k in sorted(seen)])
 
 
-def test_order_and_augmentation_depend_on_seed_epoch_and_image_alone(numbered):
-    order, expected = epoch_of(numbered)
-    for same in ({}, {"size": 4}, {"size": 6, "world": 2}, {"size": 6, "world": 3}):
-        assert torch.equal(epoch_of(numbered, **same)[1], expected)
+def test_order_and_augmentation_depend_on_seed_epoch_and_image_alone(monkeypatch, numbered):
+    order, expected = epoch_of(monkeypatch, numbered)
+    for same in ({"size": 4}, {"size": 6, "world": 3}):
+        assert torch.equal(epoch_of(monkeypatch, numbered, **same)[1], expected)
     for other in ({"seed": 2}, {"epoch": 1}):
-        other_order, images = epoch_of(numbered, **other)
+        other_order, images = epoch_of(monkeypatch, numbered, **other)
         assert other_order != order and (images != expected).flatten(1).any(1).all()
     assert len(expected.unique(dim=0)) == 13                # each copy is augmented by itself
 
 
 @pytest.mark.parametrize("world, sizes", [
     (1, [[9, 4]]), (2, [[5, 2], [4, 2]]), (3, [[5], [4], [4]])])
-def test_every_image_trains_and_is_tested_once(numbered, world, sizes):
+def test_every_image_trains_and_is_tested_once(monkeypatch, numbered, world, sizes):
     """Four are too few for batch norm in three processes: they join the batch before."""
-    shares, _ = epoch_of(numbered, 9, world=world)
-    tested, _ = epoch_of(numbered, 9, world=world, train=False)
+    shares, _ = epoch_of(monkeypatch, numbered, 9, world=world)
+    tested, _ = epoch_of(monkeypatch, numbered, 9, world=world, train=False)
     assert [[len(batch) for batch in share] for share in shares] == sizes
     for found in (shares, tested):
         assert sorted(sum(sum(found, []), [])) == [*range(13)]
 
 
-def test_a_process_without_a_test_image_adds_nothing(numbered):
+def test_a_process_without_a_test_image_adds_nothing(monkeypatch, numbered):
     net, few = Network(PUBLISHED["VS_DARTS"].genotype, 2, 3, 13), numbered.take(torch.arange(2))
-    share = data.make_batches(few, 8, train=False, rank=2, world=3)
-    assert retrain.evaluate(net, share).tolist() == [0, 0, 0, 0]
+    as_process(monkeypatch, 2, 3)
+    assert retrain.evaluate(net, data.make_batches(few, 8, train=False)).tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dataset", ["digits", "imagenet"])
-def test_the_weights_alone_decide_the_layout(monkeypatch, dataset, last):
-    monkeypatch.setattr(DilatedConv, "forward", nn.Conv2d.forward)      # as on a GPU
+def test_the_weights_alone_decide_the_layout(dataset, last):
     make_folder("images")
     split, contiguous = open_split(dataset, image_size=32), set()
     def look(module, given, y):
         contiguous.add(y.is_contiguous())
     for net in SuperNet(SPACES["s1"], 4, 3), Network(PUBLISHED["VS_DARTS_2nd"].genotype, 4, 3):
-        net = run.place(net, CPU) if last else net
+        net = place(net, CPU) if last else net
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(look)
         for train in (True, False):
             net(next(data.make_batches(split, 8, 0, train=train).epoch(0))[0])
     assert contiguous == {not last}
-    net = run.place(net, torch.device("meta"))              # no CPU, like a GPU
+    net = place(net, torch.device("meta"))                  # no CPU, like a GPU
     assert all(p.is_contiguous() for p in net.parameters())
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("name, theirs, shape, mean, std", [
-    ("cifar10", "CIFAR10", (1, 32, 32, 3),
-     (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
-    ("cifar100", "CIFAR100", (1, 32, 32, 3), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    ("svhn", "SVHN", (1, 3, 32, 32), (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    ("fashion_mnist", "FashionMNIST", (1, 28, 28), (0.2860,) * 3, (0.3530,) * 3)])
-def test_a_bright_corner_stays_at_the_upper_right(
-        monkeypatch, name, theirs, shape, mean, std, train):
-    pixels, classes = np.zeros(shape, np.uint8), ["cat", "dog"]
+@pytest.mark.parametrize("name, theirs, shape", [
+    ("cifar10", "CIFAR10", (1, 32, 32, 3)), ("cifar100", "CIFAR100", (1, 32, 32, 3)),
+    ("svhn", "SVHN", (1, 3, 32, 32)), ("fashion_mnist", "FashionMNIST", (1, 28, 28))])
+def test_a_bright_corner_stays_at_the_upper_right(monkeypatch, name, theirs, shape):
+    pixels = np.zeros(shape, np.uint8)
     pixels[(0, ..., 0, -1) if name == "svhn" else (0, 0, -1)] = 255
 
     def read(root, part, **options):                        # in place of torchvision's class
         labels = np.array([part in (True, "train")])
-        return SimpleNamespace(data=pixels, targets=labels, labels=labels, classes=classes)
+        return SimpleNamespace(data=pixels, targets=labels, labels=labels, classes=["cat", "dog"])
     monkeypatch.setattr(torchvision.datasets, theirs, read)
-    split = open_split(name, train)
-    assert split.images.sum() == 3 * 255 and (split.images[0, 0, -1] == 255).all()
-    assert split.spec == data.Spec(shape[2], mean, std) and split.labels.tolist() == [train]
-    assert split.classes == ([*"0123456789"] if name == "svhn" else classes)
+    for train in (True, False):
+        split = open_split(name, train)
+        assert split.images.shape == (1, shape[2], shape[2], 3) and split.images.sum() == 3 * 255
+        assert (split.images[0, 0, -1] == 255).all() and split.labels.tolist() == [train]
 
 
 def test_digits_are_whole_split_once_and_resized():
@@ -912,10 +874,8 @@ def test_digits_are_whole_split_once_and_resized():
         images = torch.cat([train.images, test.images])[..., 1]
         assert np.array_equal(images, np.round(file["images"] * (255 / 16)))
         assert np.array_equal(torch.cat([train.labels, test.labels]), file["labels"])
-    assert train.images.shape == (1437, 8, 8, 3) and train.classes == [*"0123456789"]
     doubled = train.images.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert torch.equal(open_split("digits", image_size=16).images, doubled)
-    assert not train.spec.flip
 
 
 def make_folder(root, shape=(40, 40), count=6):
@@ -932,14 +892,12 @@ def test_a_folder_is_read_in_mixed_order_as_far_as_needed(monkeypatch, capsys):
     opened, read_image = [], data.read_image
     monkeypatch.setattr(data, "read_image", lambda path: opened.append(path) or read_image(path))
     make_folder("images")
-    dark, light = Path("images/train/dark"), Path("images/train/light")
-    light.rename("elsewhere")
-    light.symlink_to(Path("elsewhere").resolve())
-    dark.with_name(".cache").mkdir()                        # no class
-    (dark / "0.jfif").touch()
+    light = Path("images/train/light").rename("elsewhere")
+    Path("images/train/light").symlink_to(light.resolve())
+    Path("images/train/.cache").mkdir()                     # no class
+    (light / "0.jfif").touch()
     split = open_split("folder", image_size=20)
     assert "2 classes, 12 images, 1 other files left out" in capsys.readouterr().out
-    assert split.spec == data.Spec(20, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     for path, image, label in zip(opened, split.images, split.labels, strict=True):
         pixels = np.array(Image.open(path)).reshape(20, 2, 20, 2, 3)
         assert np.array_equal(image, pixels.mean((1, 3)).round())
@@ -947,30 +905,20 @@ def test_a_folder_is_read_in_mixed_order_as_far_as_needed(monkeypatch, capsys):
     assert 0 < split.labels[:6].sum() < 6
     few = open_split("folder", image_size=20, limit=5)
     assert torch.equal(few.images, split.images[:5]) and len(opened) == 12 + 5
-    assert torch.equal(open_split("imagenet", limit=5).labels, split.labels[:5])
     shutil.rmtree("images/train")                           # only val is needed to test
     assert len(open_split("folder", False, limit=5).labels) == 12
 
 
 def test_names_of_classes_have_one_form_and_one_order():
     """macOS takes an accent as a letter of its own, before all others."""
-    forms = ("train", "NFC"), ("val", "NFD")
-    for (part, form), (brightness, name) in product(forms, enumerate(("kz", "käfer"))):
-        folder = Path("images", part, unicodedata.normalize(form, name))
-        folder.mkdir(parents=True)
-        Image.new("L", (8, 8), brightness).save(folder / "0.png")
-    for train in (True, False):
-        split = open_split("folder", train, image_size=8)
+    for part, form in (("train", "NFC"), ("val", "NFD")):
+        for brightness, name in enumerate(("kz", "käfer")):
+            folder = Path("images", part, unicodedata.normalize(form, name))
+            folder.mkdir(parents=True)
+            Image.new("L", (8, 8), brightness).save(folder / "0.png")
+        split = open_split("folder", part == "train", image_size=8)
         assert split.classes == ["kz", "käfer"]
         assert torch.equal(split.images[:, 0, 0, 0], split.labels)
-
-
-def test_a_tiff_of_two_pages_is_named():
-    make_folder("images")
-    page = Image.new("RGB", (8, 8))
-    page.save("images/train/dark/9.tiff", save_all=True, append_images=[page])
-    for read in (lambda: open_split("folder"), lambda: batches(open_split("imagenet"), 8, "w")):
-        assert "images/train/dark/9.tiff cannot be read (it has 2 pages)" == refusal(read)
 
 
 @pytest.mark.parametrize("dataset", ["folder", "imagenet"])
@@ -992,8 +940,6 @@ def test_a_splits_name_changes_with_what_is_in_it(dataset):
 @pytest.mark.parametrize("train", [True, False])
 def test_imagenet_goes_through_the_transforms_of_darts(train):
     make_folder("images", (300, 260), count=1)
-    folder = Path("images", "train" if train else "val")
-    pictures = [Image.open(folder / name / "0.png") for name in ("dark", "light")]
     jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
     steps = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), jitter]
     transform = v2.Compose(steps if train else [v2.Resize(256), v2.CenterCrop(224)])
@@ -1001,8 +947,9 @@ def test_imagenet_goes_through_the_transforms_of_darts(train):
     split = open_split("imagenet", train)
     (images, labels), = data.make_batches(split, 8, seed=0, train=False).epoch(3)
     for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = Path("images", "train" if train else "val", split.classes[label])
         torch.manual_seed(make_seed(0, "image", 3, k))      # each has its own random numbers
-        expected = (np.array(transform(pictures[label])) / 255 - mean) / std
+        expected = (np.array(transform(Image.open(folder / "0.png"))) / 255 - mean) / std
         assert np.allclose(image.permute(1, 2, 0), expected, atol=1e-5)
 
 
@@ -1143,16 +1090,15 @@ def stop_after(epochs, main, flags):
         main(flags)
 
 
-FOUR = [*TINY, "--epochs=4", "--limit=600"]
-S4 = [*FOUR, "--space=s4", "--node_norm", "--larc", "--sqrt_beta"]      # S4 draws noise
-VS_DARTS = [*FOUR, "--genotype=VS_DARTS"]
+THREE = [*TINY, "--epochs=3", "--limit=600"]
+S4 = [*THREE, "--space=s4", "--node_norm", "--larc", "--sqrt_beta"]      # S4 draws noise
+VS_DARTS = [*THREE, "--genotype=VS_DARTS"]
 IMAGENET = "--dataset=imagenet --image_size=32 --batch_size=8".split()
 RUNS = {  # program, launcher, flags
     "search": (search, PYTHON, [*S4, "--batch_size=64", "--train_portion=0.4", "--keep_nets"]),
     "search by two": (search, TORCHRUN, [*S4, "--batch_size=128"]),
     "search of imagenet": (search, PYTHON, [*S4, *IMAGENET, "--workers=2"]),
     "retraining": (retrain, PYTHON, [*VS_DARTS, "--batch_size=96"]),
-    "retraining by two": (retrain, TORCHRUN, [*VS_DARTS, *IMAGENET, "--workers=0"]),
     "imagenet": (retrain, PYTHON, [*VS_DARTS, *IMAGENET, "--workers=1", "--drop_path_prob=0.2"])}
 
 
@@ -1178,9 +1124,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, number", [
-    ("search", signal.SIGKILL), ("search by two", signal.SIGKILL),
-    ("retraining by two", signal.SIGKILL), ("search", signal.SIGINT),
-    ("imagenet", signal.SIGINT), ("search of imagenet", signal.SIGTERM)])
+    ("search", signal.SIGKILL), ("search by two", signal.SIGKILL), ("imagenet", signal.SIGINT)])
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, whole, name, number):
     module, launcher, flags = RUNS[name]
     flags = [*flags, f"--data={whole('images')}", f"--out={tmp_path / 'run'}"]
@@ -1193,37 +1137,34 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, whole, name, number):
     assert status == -number and printed.count("epoch 0 lr") == 1
     if number == signal.SIGINT:
         assert errors.count("\n") == 1 and "--resume FOLDER" in errors
-    assert "--resume" in refusal(module.main, flags)
-    said = "differs from 3" if launcher is PYTHON else "is a run of 2 processes, not 1"
-    assert said in refusal(module.main, ["--resume=run", "--layers=5"])
+    assert "is in use" in refusal(module.main, flags)
+    if launcher is TORCHRUN:
+        assert "processes 2, not 1" in refusal(module.main, ["--resume=run"])
+    else:
+        assert "layers 3, not 5" in refusal(module.main, ["--resume=run", "--layers=5"])
     finish(name, f"--resume={tmp_path / 'run'}")
     assert_same_runs("run", whole(name))
     if launcher is PYTHON:
         assert "holds a finished run" in refusal(module.main, ["--resume=run/checkpoint.pt"])
 
 
-@pytest.mark.parametrize("module, flag, file, other", [
-    (search, "--proxy", "proxy.json", "--space=s2"),
-    (retrain, "--genotype", "classifier/genotype.json", "--genotype=GDAS")])
-def test_a_run_without_a_checkpoint_starts_again(made, module, flag, file, other):
-    shutil.copy(made / file, "file")
-    flags = [*TINY, f"{flag}=file"]
-    module.main([*flags, "--out=whole"])
-    stop_after(0, module.main, [*flags, "--out=run"])
+def test_a_run_without_a_checkpoint_starts_again():
+    Path("cell").write_text(to_json(CELL))
+    flags = [*TINY, "--genotype=cell"]
+    retrain.main([*flags, "--out=whole"])
+    stop_after(0, retrain.main, [*flags, "--out=run"])
     shutil.copytree("run", "corrected")
-    Path("file").unlink()
-    module.main(["--resume=run"])
+    Path("cell").unlink()                                   # a run keeps its cell
+    retrain.main(["--resume=run"])
     assert_same_runs("run", "whole")
-    module.main([*TINY, other, "--out=fresh"])
-    module.main([*TINY, other, "--out=corrected"])
+    for folder in ("fresh", "corrected"):
+        retrain.main([*TINY, "--genotype=GDAS", f"--out={folder}"])
     assert_same_runs("fresh", "corrected")
 
 
-@pytest.mark.parametrize("epochs, lines", [(2, 0), (2, 1), (4, 0)])
-def test_a_damaged_log_is_mended_from_the_checkpoint(whole, epochs, lines):
-    stop_after(epochs, retrain.main, [*RUNS["retraining"][2], "--out=run"])
-    log = Path("run/log.jsonl")
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:lines]))
+def test_a_lost_log_is_in_the_checkpoint(whole):
+    stop_after(2, retrain.main, [*RUNS["retraining"][2], "--out=run"])
+    Path("run/log.jsonl").unlink()
     retrain.main(["--resume=run"])
     assert_same_runs("run", whole("retraining"))
 
@@ -1239,48 +1180,43 @@ def test_a_folder_has_one_program_at_a_time():
 
 
 def test_files_are_never_half_written(monkeypatch):
-    net = nn.Linear(1, 1)
-    first = run.Run(search.parse([*TINY, "--out=run"]), "genotype.json")
+    net, first = nn.Linear(1, 1), run.Run(search.parse([*TINY, "--out=run"]), "genotype.json")
     first.begin({"net": net}, {})
     first.end_epoch({"loss": 0.5})
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert {path.name for path in before} == {"config.json", "log.jsonl", "checkpoint.pt"}
     assert torch.serialization.get_unsafe_globals_in_checkpoint("run/checkpoint.pt") == []
-    for loss, weight in ((math.nan, 1), (0.5, math.inf)):
-        net.weight.data.fill_(weight)
-        assert "not finite after epoch 1" in refusal(first.end_epoch, {"loss": loss})
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    assert "No space left on device" in refusal(run.write, first.checkpoint, b"more")
+    assert "not finite after epoch 1" in refusal(first.end_epoch, {"loss": math.nan})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.close(-1))       # fails, as a full disk
+    assert "checkpoint.pt cannot be written" in refusal(run.write, first.checkpoint, "more")
     assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
 
 
 def test_a_search_leaves_what_it_found(whole):
     folder, space = whole("search"), SPACES["s4"]
-    nets = [torch.load(folder / f"net-{epoch}.pt") for epoch in (1, 4)]
     net = SuperNet(space, 2, 3, 10, True, True)
-    net.load_state_dict(nets[1])
+    net.load_state_dict(torch.load(folder / "net-1.pt"))
+    first = net.alphas["normal"].clone()
+    net.load_state_dict(torch.load(folder / "net-3.pt"))
     record, genotype = lines_of(folder)[-1], load_genotype(folder / "genotype.json")
-    assert not torch.equal(nets[0]["alphas.normal"], nets[1]["alphas.normal"])
+    assert not torch.equal(net.alphas["normal"], first)
     assert record["alphas"] == {name: alpha.tolist() for name, alpha in net.alphas.items()}
     assert genotype == brute_derive(space, net.betas())     # of the last alphas
     assert record["genotype"] == json.loads(to_json(genotype))
 
 
-def test_a_retraining_keeps_the_search_that_its_cell_is_from(whole, monkeypatch):
+def test_a_retraining_keeps_the_search_that_its_cell_is_from(whole):
     shutil.copytree(whole("search"), "found")
-    cell, source = Path("found/genotype.json"), json.loads(Path("found/search.json").read_text())
+    source = json.loads(Path("found/search.json").read_text())
     assert source["space"] == "s4" and source["seconds"] > 0
     assert "checksum" in source["train_split"]
 
     def noted(name):
         args = retrain.parse([*TINY, f"--genotype={name}"])
         return retrain.source_of(args, load_genotype(name))
-    assert noted(cell) == source and noted("VS_DARTS") is None
-    cell.write_text(to_json(PUBLISHED["GDAS"].genotype))    # another one than search.json's
-    assert noted(cell) is None
+    assert noted("found/genotype.json") == source and noted("VS_DARTS") is None
+    Path("found/genotype.json").write_text(to_json(CELL))   # another one than search.json's
+    assert noted("found/genotype.json") is None
 
 
 def test_a_retraining_reports_the_last_epoch(whole):
@@ -1294,25 +1230,12 @@ def test_a_retraining_reports_the_last_epoch(whole):
     assert (result["parameters"], result["macs"]) == (count_parameters(net), count_macs(net, 8))
 
 
-@pytest.mark.parametrize("name", ["retraining", "imagenet", "retraining by two"])
 @pytest.mark.parametrize("file", ["", "weights.pt", "checkpoint.pt"])
-def test_a_network_is_tested_alone_as_after_its_last_epoch(whole, capsys, name, file):
-    error = lines_of(whole(name))[-1]["test_error"]
-    retrain.main([f"--evaluate={whole(name) / file}"])
-    assert f"test error {error:.2f}%" in capsys.readouterr().out
-
-
-def test_a_network_keeps_its_form_on_another_data_set(whole, capsys):
-    retrain.main([f"--evaluate={whole('imagenet')}", "--dataset=folder"])
-    assert "on folder: test error" in capsys.readouterr().out
-
-
-def test_a_clock_set_back_changes_no_seconds(monkeypatch):
-    backwards = iter(range(10**9, 0, -1000))
-    monkeypatch.setattr(time, "time", lambda: next(backwards))
-    for module, flag in ((search, "--space=s2"), (retrain, "--genotype=GDAS")):
-        module.main([*TINY, flag, "--limit=8", f"--out={flag}"])
-        assert 0 < json.loads(Path(flag, "log.jsonl").read_text())["seconds"] < 100
+def test_a_network_is_tested_alone_as_after_its_last_epoch(whole, capsys, file):
+    for name, flags in (("retraining", []), ("imagenet", ["--dataset=imagenet"])):
+        retrain.main([f"--evaluate={whole(name) / file}", *flags])
+        error = lines_of(whole(name))[-1]["test_error"]
+        assert f"test error {error:.2f}%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("terminal, said", [(False, [2, 4, 6, 8]), (True, [2, 3, 4, 5, 6, 7, 8])])
@@ -1326,19 +1249,18 @@ def test_progress_says_what_is_left_and_not_too_often(monkeypatch, capsys, termi
     assert capsys.readouterr().err.splitlines() == lines
 
 
-@pytest.mark.parametrize("variables", [["RANK=1"], ["WORLD_SIZE=2"], ["LOCAL_RANK=1", "RANK=1"]])
-def test_what_a_cluster_sets_makes_no_search_of_several_processes(tmp_path, variables):
+def test_what_a_cluster_sets_makes_no_search_of_several_processes(tmp_path):
+    launcher = ["env", "RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2", *PYTHON]
     flags = [*TINY, "--limit=8", f"--out={tmp_path}/run"]
-    launcher = ["env", *variables, *PYTHON]
     printed, errors, status = program("search.py", *flags, launcher=launcher)
     assert (status, errors) == (0, "") and "epoch 0 lr" in printed
-    assert lines_of("run") and Path("run/genotype.json").exists()
+    assert Path("run/genotype.json").exists()
 
 
-@pytest.mark.parametrize("reader", ["head -2", "true"])
-def test_a_search_whose_reader_leaves_says_so_by_its_status(tmp_path, reader):
-    command = shlex.join([*PYTHON, "search.py", *TINY, "--epochs=9", f"--out={tmp_path}/run"])
-    _, errors, status = program("-c", f"{command} | {reader}; exit ${{PIPESTATUS[0]}}",
+def test_a_search_whose_reader_leaves_says_so_by_its_status(tmp_path):
+    command = shlex.join([*PYTHON, "search.py", *TINY, "--epochs=9", "--limit=64",
+                          f"--out={tmp_path}/run"])
+    _, errors, status = program("-c", f"{command} | head -2; exit ${{PIPESTATUS[0]}}",
                                 launcher=["bash"])
     assert (errors, status) == ("", 1)
 
@@ -1347,14 +1269,10 @@ def sigint_is_blocked():
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_sigint_is_blocked_in_workers_alone():
+def test_sigint_is_blocked_in_workers_alone(monkeypatch):
     loader = data.DataLoader([0], num_workers=1, collate_fn=lambda images: sigint_is_blocked())
     assert [*data.read(loader)] == [True] and not sigint_is_blocked()
-
-
-def test_sigint_is_not_left_blocked_where_no_worker_starts(monkeypatch):
-    loader = data.DataLoader([0])
-    monkeypatch.setattr(data.DataLoader, "__iter__", lambda loader: 1 / 0)
+    monkeypatch.setattr(data.DataLoader, "__iter__", lambda loader: 1 / 0)  # no worker starts
     with pytest.raises(ZeroDivisionError):
         next(data.read(loader))
     assert not sigint_is_blocked()
@@ -1383,19 +1301,14 @@ def test_default_folders_differ_in_every_flag(command):
     ("search --dataset=folder --data=a", "--data=b"),
     ("search --dataset=digits", "--layers=8"),              # CIFAR-10's default
     ("retrain --genotype=GDAS --image_size=16", "--cutout_length=16"),
-    ("retrain --genotype=GDAS --dataset=imagenet", "--lr_scheduler=linear"),
     ("retrain --genotype=GDAS --dataset=imagenet --lr_scheduler=linear",
-     "--batch_size=128 --learning_rate=0.1")])
-def test_default_folders_differ_where_one_flag_sets_another(command, other):
-    assert default_folder(command) != default_folder(f"{command} {other}")
-
-
-@pytest.mark.parametrize("command", [
-    f"retrain --genotype=runs/{'s' * 180}/genotype.json --epochs=9 --layers=9 --gamma=1",
-    f"search --proxy={'/folder' * 40}/p.json", f"search --proxy={'ö' * 120}"])
-def test_default_folders_fit_a_file_system(command):
-    names = [default_folder(f"{command} --seed={seed}") for seed in (0, 1)]
-    assert names[0] != names[1] and max(len(name.encode()) for name in names) < 255
+     "--batch_size=128 --learning_rate=0.1"),               # of the other schedule
+    (f"retrain --genotype=runs/{'s' * 180}/genotype.json --epochs=9 --layers=9 --gamma=1 "
+     "--momentum=0.5 --label_smooth=0.1", "--seed=1"),
+    (f"search --proxy={'ö' * 120}", "--seed=1")])
+def test_default_folders_differ_and_fit_a_file_system(command, other):
+    names = default_folder(command), default_folder(f"{command} {other}")
+    assert names[0] != names[1] and max(len(Path(name).name.encode()) for name in names) < 256
 
 
 # ---------------------------------------------------------------- what is refused
@@ -1422,36 +1335,27 @@ search --epochs 0                                 -> --epochs: it must be from 1
 search --learning_rate nan                        -> from 0
 search --epoch 3                                  -> unrecognized arguments: --epoch
 search --larc_trust 0.1                           -> they need --larc
-search --larc_clip                                -> they need --larc
 search --learning_rate 0.0001                     -> is below --learning_rate_min
 search --proxy p --limit 9                        -> leave out --limit
-search --proxy p --train_portion 0.4              -> leave out --limit
-search --proxy nowhere                            -> nowhere cannot be read
+search --proxy nowhere --dataset digits           -> nowhere cannot be read
 search --resume nowhere                           -> nowhere/config.json cannot be read
 search --dataset cifar10 --device cpu             -> cifar10 cannot be read under data
-search --dataset cifar100 --device cpu            -> cifar100 cannot be read under data
 search --dataset fashion_mnist --device cpu       -> fashion_mnist cannot be read under data
-search --dataset svhn --device cpu                -> svhn
+search --dataset svhn --device cpu                -> svhn cannot be read under data
 search --dataset digits --device warp             -> --device warp cannot be used here
 search --dataset digits --device meta             -> --device meta cannot be used here
 search --dataset digits --train_portion 0.0001    -> too few
 search --dataset digits --out /proc/nowhere/run   -> /proc/nowhere/run cannot be written
 retrain                                           -> --genotype is needed
 retrain --genotype VS_DART                        -> VS_DART is no published cell
-retrain --genotype ''                             -> --genotype
-retrain --genotype GDAS --dataset digits --auxiliary_weight 0.4        -> 8x8 feature maps (32x32
+retrain --genotype GDAS --dataset digits --auxiliary_weight 0.4        -> 32x32, not 8x8
 retrain --genotype GDAS --dataset imagenet --lr_scheduler linear --epochs 5    -> --epochs 6
 retrain --evaluate ''                             -> config.json cannot be read
 proxy --dataset digits                            -> --classifier is needed
 proxy --scheme random --out /proc/nowhere         -> --out /proc/nowhere: No such file
 genotypes nothing                                 -> genotypes.py: nothing is no published cell
-genotypes .                                       -> genotypes.py: . is no published cell
-genotypes VS_DARTS GDAS                           -> genotypes.py:
-genotypes --pt VS_DARTS                           -> genotypes.py:
-genotypes --pt_darts                              -> genotypes.py:
-genotypes --random x                              -> genotypes.py:
-genotypes --random -1                             -> genotypes.py:
-genotypes --random 1 GDAS                         -> genotypes.py:
+genotypes --random -1                             -> --random: it must be from 0
+genotypes --random 1 GDAS                         -> not allowed with
 """))
 def test_what_cannot_be_is_refused_before_an_epoch(monkeypatch, capsys, command, said):
     monkeypatch.setattr("urllib.request.urlopen", lambda *given, **options: 1 / 0)      # no network
@@ -1467,63 +1371,24 @@ def test_a_diverging_run_is_refused(capsys, command):
     assert "not finite after epoch 0: try a smaller --learning_rate" in said
 
 
-GIVEN = str(PUBLISHED["DARTS_V2"].genotype)
-
-
-@pytest.mark.parametrize("change, said", rows("""
-                                            -> neither JSON nor
-__import__('os').abort()                    -> neither JSON nor
-Genotype()                                  -> four fields
-{}                                          -> four fields
-[1, 2, 3, 4]                                -> normal must be a list
-reduce=: other=                             -> four fields
-(2, 3, 4, 5): __import__('os').abort()      -> neither JSON nor
-(2, 3, 4, 5): range(2, 10**12)              -> neither JSON nor
-(2, 3, 4, 5): (2, 7)                        -> normal_concat must list nodes of the cell from 2 to 5
-(2, 3, 4, 5): (2, 2)                        -> normal_concat must list nodes of the cell from 2 to 5
-(2, 3, 4, 5): ()                            -> normal_concat must list nodes of the cell from 2 to 5
-('dil_conv_3x3', 2): ('exit', 2)            -> normal, node 5: ('exit', 2) is not
-('dil_conv_3x3', 2): ('dil_conv_3x3', 5)    -> normal, node 5: the source 5
-('dil_conv_3x3', 2): ('dil_conv_3x3', True) -> normal, node 5: the source True
-"""))
-def test_text_that_is_no_cell_is_refused_with_an_example(capsys, change, said):
-    """change: the whole text, or OLD: NEW in that of a cell."""
-    old, new = change.split(": ") if ": " in change else (GIVEN, change)
-    Path("cell").write_text(GIVEN.replace(old, new))
-    line = line_of("genotypes cell", capsys)
-    assert said in line and "Genotype(normal=" in line
-
-
-def test_a_text_that_is_too_deep_or_has_two_cells_is_refused(capsys):
-    for text, said in (("[" * 200000, "neither JSON nor"),
-                       (f"A = {GIVEN}\nB = {GIVEN.replace('dil', 'sep')}", "genotypes (A, B)")):
-        Path("cell").write_text(text)
-        assert said in line_of("genotypes cell", capsys)
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"PK", pickle.dumps({"a": 1}), pickle.dumps(Path("x")), {"epoch": 1}, {"facts": 3},
-    {"facts": {"classes": [*"0123456789"], "spec": 1}}, [1]], ids=str)
+@pytest.mark.parametrize("content", [pickle.dumps(Path("x")), {"epoch": 1}, {"facts": 3}], ids=str)
 @pytest.mark.parametrize("command, name, result", [
     ("search --resume run", "search", "genotype.json"),
-    ("retrain --resume run", "retraining", "result.json"),
     ("retrain --evaluate run/checkpoint.pt", "retraining", "result.json")])
 def test_a_file_that_is_no_checkpoint_is_refused(whole, capsys, content, command, name, result):
     shutil.copytree(whole(name), "run")
     Path("run", result).unlink()
     torch.save(content, "run/checkpoint.pt")
-    if isinstance(content, bytes):
-        Path("run/checkpoint.pt").write_bytes(content)
     assert "run/checkpoint.pt" in line_of(command, capsys)
 
 
 @pytest.mark.parametrize("flag, said", [
-    ("--resume=run", "by another version of retrain.py, without label_smooth, layers"),
+    ("--resume=run", "run is a run with layers unknown, not None"),
     ("--evaluate=run", "run/weights.pt holds no network of this run")])
 def test_a_run_of_another_version_is_refused(whole, flag, said):
     shutil.copytree(whole("retraining"), "run")
     config = json.loads(Path("run/config.json").read_text())
-    del config["label_smooth"], config["layers"]
+    del config["layers"]
     Path("run/config.json").write_text(json.dumps(config))
     assert said in refusal(retrain.main, [flag])
 
@@ -1555,7 +1420,7 @@ rm -r images/val                                    -> images/val/CLASS/IMAGE is
 cd images/val; mv dark/* .; rm -r dark light        -> images/val/CLASS/IMAGE is needed
 cd images/val; rm -r dark; mv light .light          -> images/val/CLASS/IMAGE is needed
 rm -r images/val/dark                               -> with more classes than light
-mv images/val/dark images/val/night                 -> the classes differ (dark, night)
+mv images/val/dark images/val/night                 -> the classes were ['dark'], and are ['night']
 echo no picture > images/val/dark/1.png             -> val/dark/1.png cannot be read
 """))
 def test_a_tree_of_images_that_cannot_be_read_is_refused(capsys, dataset, change, said):
@@ -1566,29 +1431,24 @@ def test_a_tree_of_images_that_cannot_be_read_is_refused(capsys, dataset, change
 
 @both_kinds
 @pytest.mark.parametrize("change, said", rows("""
-rm others/train/dark/1.png                          -> the train_split was
-mv others/val/dark/1.png others/val/light/9.png     -> the test_split was
-cp -r others/train/dark others/train/night; cp -r others/val/dark others/val/night -> differ (night)
+rm others/train/dark/1.png                          -> the train_split were
+mv others/val/dark/1.png others/val/light/9.png     -> the test_split were
+cp others/val/dark/1.png others/val/dark/2.png      -> the test_split were
+cp -r others/train/dark others/train/night; cp -r others/val/dark others/val/night -> ['night']
 """))
 def test_a_run_does_not_go_on_with_other_images(dataset, change, said):
     make_folder("images", (8, 8))
     stop_after(1, retrain.main, shlex.split(f"{RETRAIN} --image_size 8 --dataset {dataset}")[1:])
     shutil.copytree("images", "others")
     subprocess.run(change, shell=True, check=True)
-    assert said in refusal(retrain.main, ["--resume=run", "--data=others"])
-
-
-def test_a_run_does_not_go_on_with_an_image_that_was_changed():
-    make_folder("images", (8, 8))
-    stop_after(1, retrain.main, shlex.split(f"{RETRAIN} --image_size 8 --dataset folder")[1:])
-    shutil.copy("images/val/dark/1.png", "images/val/dark/2.png")
-    assert "the test_split was 12 images" in refusal(retrain.main, ["--resume=run"])
+    if dataset == "folder" or not change.startswith("cp others"):   # on disk: by its name alone
+        assert said in refusal(retrain.main, ["--resume=run", "--data=others"])
 
 
 def long_text(path):
     info = PngInfo()
     info.add_text("words", "x" * 2**21, zip=True)           # which PIL refuses by a ValueError
-    Image.new("RGB", (64, 64)).save(path, pnginfo=info)
+    Image.new("RGB", (64, 64)).save(path, "png", pnginfo=info)
 
 
 def two_pages(path):
@@ -1600,20 +1460,18 @@ def two_pages(path):
     (long_text, "."), (two_pages, "2 pages"),
     *[(Image.new(mode, (8, 8)).save, f"mode {mode}") for mode in ("I;16", "I", "F")]])
 def test_pictures_that_are_not_one_of_eight_bits_are_refused(draw, said):
-    name = "1.png" if draw is long_text else "1.tif"
-    draw(name)
-    with pytest.raises(data.ImageError, match=f"{name} cannot be read .*{said}"):
-        data.read_image(name)
+    draw("1.tif")
+    with pytest.raises(data.ImageError, match=f"1.tif cannot be read .*{said}"):
+        data.read_image("1.tif")
 
 
-@pytest.mark.parametrize("launcher, lines", [(PYTHON, 1), (TORCHRUN, None)])
-def test_an_image_that_a_worker_cannot_read_ends_all_processes(tmp_path, launcher, lines):
+def test_an_image_that_a_worker_cannot_read_ends_the_program(tmp_path):
     make_folder("images")
     long_text("images/train/dark/0.png")
     flags = [*RUNS["imagenet"][2], f"--data={tmp_path}/images", f"--out={tmp_path}/run"]
-    _, errors, status = program("retrain.py", *flags, launcher=launcher)
-    assert status == 1 and errors.count("images/train/dark/0.png cannot be read") == 1, errors
-    assert 'retrain.py", line' not in errors and lines in (None, errors.count("\n"))
+    _, errors, status = program("retrain.py", *flags)
+    assert status == 1 and errors.count("\n") == 1
+    assert "images/train/dark/0.png cannot be read" in errors
 
 
 # ---------------------------------------------------------------- proxy data, several processes
@@ -1629,13 +1487,7 @@ def test_entropy_is_that_of_the_softmax():
     np.testing.assert_allclose(proxy.entropies(torch.clone, batches), expected, rtol=1e-9)
 
 
-def test_histogram_equals_a_slow_one_and_takes_zeros_and_edges():
-    entropy = 10 ** np.random.default_rng(0).uniform(-3.3, 0.1, 500)
-    for width in (0.5, 0.25, 0.2):
-        edges, bins = proxy.histogram(entropy, width)
-        assert np.diff(edges) == pytest.approx(width)
-        assert edges[1] > math.log10(entropy.min()) and edges[-2] < math.log10(entropy.max())
-        assert all(edges[k] < math.log10(x) < edges[k + 1] for x, k in zip(entropy, bins))
+def test_histogram_takes_zeros_and_edges():
     edges, bins = proxy.histogram(np.array([0, 1e-2, 0.02, 0.1, 0.5, 1]), 0.5)
     assert edges.tolist() == [-2, -1.5, -1, -0.5, 0] and bins.tolist() == [0, 0, 0, 2, 3, 3]
     assert [part.tolist() for part in proxy.histogram(np.ones(3), 0.5)] == [[0, 0.5], [0, 0, 0]]
@@ -1663,8 +1515,8 @@ def test_images_are_drawn_without_replacement_as_often_as_their_bins_say(scheme,
     assert (pairs[:, 0] != pairs[:, 1]).all()
     p = odds / odds.sum()
     second = p * ((p / (1 - p)).sum() - p / (1 - p))        # after any other one
-    for place in pairs.T:                                   # both halves are alike
-        frequencies = np.bincount(place, minlength=7) / 3000
+    for half in pairs.T:                                   # both halves are alike
+        frequencies = np.bincount(half, minlength=7) / 3000
         assert frequencies == pytest.approx((p + second) / 2, abs=0.03)
 
 
@@ -1681,11 +1533,6 @@ def chosen_by(folder):
     return ["--dataset=digits", f"--classifier={folder}/classifier/weights.pt"]
 
 
-def digits(train):
-    args = SimpleNamespace(dataset="digits", data="data", image_size=None, limit=None)
-    return data.open_split(args, train, CPU)
-
-
 @torch.no_grad()
 def slow_entropies(weights, split):
     """By a network of digits.npz, in double precision."""
@@ -1696,7 +1543,7 @@ def slow_entropies(weights, split):
 
 def test_the_file_says_what_was_drawn_and_from_what(made, capsys):
     weights, held = made / "classifier/weights.pt", json.loads((made / "proxy.json").read_text())
-    drawn, split = held["w"] + held["alpha"], digits(True)
+    drawn, split = held["w"] + held["alpha"], open_split("digits")
     assert (len(held["w"]), len(held["alpha"]), len(set(drawn))) == (179, 180, 359)
     assert held["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert held["split"] == split.name and "1437 images" in split.name
@@ -1712,7 +1559,7 @@ def test_the_file_says_what_was_drawn_and_from_what(made, capsys):
 
 def test_a_network_tests_and_ranks_images_as_it_was_trained_on_them(made, capsys):
     """Digits again, as pictures in a folder: another data set by its name, size and deviation."""
-    weights, split = made / "classifier/weights.pt", digits(False)
+    weights, split = made / "classifier/weights.pt", open_split("digits", False)
     for k, (image, label) in enumerate(zip(split.images, split.labels)):
         folder = Path("images/val", str(label.item()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -1741,38 +1588,28 @@ def test_of_two_proxies_one_is_refused_and_a_failed_one_leaves_no_file(made, mon
 
 def test_a_random_draw_needs_no_classifier_and_no_torchrun(monkeypatch, capsys):
     make_folder("images")
-    monkeypatch.setattr(proxy, "resnet50", lambda **given: 1 / 0)
     flags = ["--data=images", "--scheme=random", "--fraction=0.5", "--out=p"]
     with monkeypatch.context() as patch:
         patch.setattr(proxy, "WORLD", 2)
         assert "start it without torchrun" in refusal(proxy.main, flags)
+    monkeypatch.setattr(proxy, "resnet50", lambda **given: 1 / 0)
     proxy.main(flags)
-    assert "p: 3 images for w, 3 for alpha, of the 12 images" in capsys.readouterr().out
     search.main([*TINY, *IMAGENET, "--data=images", "--workers=0", "--proxy=p", "--out=run"])
-    assert "3 images for w, 3 for alpha" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("3 images for w, 3 for alpha") == 2
 
 
-def test_a_search_sees_the_two_halves(made):
-    held, split = json.loads((made / "proxy.json").read_text()), digits(True)
-    parts = search.make_parts(search.parse([*TINY, f"--proxy={made}/proxy.json"]))
-    for half, batches in zip(("w", "alpha", "alpha"), parts[-3:]):
-        assert all(map(torch.equal, batches.split[:2], split.take(held[half])[:2]))
-
-
-@pytest.mark.parametrize("change, said", [
-    ({"split": "1437 images of other classes"}, "is about 1437 images of other classes"),
-    ({"program": "search.py"}, "was not written by proxy.py")])
-def test_a_proxy_file_of_other_images_is_refused(made, change, said):
-    Path("p").write_text(json.dumps(json.loads((made / "proxy.json").read_text()) | change))
-    assert said in refusal(search.main, [*TINY, "--proxy=p", "--out=run"])
-
-
-def test_the_super_network_for_imagenet_is_that_of_the_source():
-    with torch.device("meta"):
-        net = SuperNet(SPACES["darts"], 16, 8, 1000, imagenet=True)
-        s0 = net.stem(torch.zeros(2, 3, 224, 224))
-        assert (s0.shape, net.stem1(s0).shape) == ((2, 48, 56, 56), (2, 48, 28, 28))
-    assert sum(w.numel() for w in net.weights) == 2_215_648
+def test_a_search_sees_the_two_halves_of_the_same_images(made):
+    shutil.copy(made / "proxy.json", "p")
+    held, split = json.loads(Path("p").read_text()), open_split("digits")
+    flags = [*TINY, "--proxy=p"]
+    *_, w, alpha, validation = search.make_parts(search.parse(flags))
+    assert torch.equal(w.split.images, split.images[held["w"]])
+    assert torch.equal(alpha.split.images, split.images[held["alpha"]])
+    stop_after(1, search.main, [*flags, "--epochs=2", "--out=run"])
+    Path("p").write_text(json.dumps({**held, "w": held["alpha"], "alpha": held["w"]}))
+    assert "the train_split were" in refusal(search.main, ["--resume=run"])
+    Path("p").write_text(json.dumps({**held, "split": "1437 images of other classes"}))
+    assert "is about 1437 images of other classes" in refusal(search.main, flags)
 
 
 def test_an_imagenet_search_is_the_same_with_any_number_of_workers(whole):
@@ -1781,22 +1618,18 @@ def test_an_imagenet_search_is_the_same_with_any_number_of_workers(whole):
     assert_same_runs("run", whole("search of imagenet"))
     parts = search.make_parts(search.parse(flags))
     assert len(parts.net.stem1) == 3 and parts.w_batches.steps == 3     # 40 images in halves
-    first, again = (parts.w_batches[epoch, 5][0] for epoch in (0, 1))
-    assert not torch.equal(first, again)
     streamed = [images for (images, _), _ in zip(parts.alpha_batches.stream(0), range(5))]
     assert torch.equal(streamed[4], next(parts.alpha_batches.stream(4))[0])
 
 
-def test_an_error_of_the_device_keeps_all_its_lines(whole, monkeypatch):
-    args = search.parse([*IMAGENET, f"--data={whole('images')}", "--workers=0"])
-    batches = data.make_batches(data.open_split(args, True, CPU), 8, 0)
+def test_an_error_of_the_device_keeps_all_its_lines(monkeypatch):
+    make_folder("images")
+    batches = data.make_batches(open_split("imagenet", image_size=32), 8, 0)
 
-    def fail(tensor, *given, to=torch.Tensor.to, **options):
-        if CPU in given:
-            raise RuntimeError("CUDA error: illegal memory access\nFor debugging consider ...")
-        return to(tensor, *given, **options)
+    def fail(*given, **options):
+        raise RuntimeError("CUDA error: illegal memory access\nFor debugging consider ...")
     monkeypatch.setattr(torch.Tensor, "to", fail)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(RuntimeError, match="For debugging"):
         next(batches.epoch(0))
 
 
@@ -1804,7 +1637,8 @@ def gradients():
     """After a step of alpha's and one of w's, clipped; in eval mode: no batch is normalized."""
     torch.manual_seed(0)
     net = SuperNet(SPACES["s2"], 4, 3, 10, node_norm=True, sqrt_beta=True).eval()
-    batch = next(data.Batches(digits(True), 24, 0).epoch(0))
+    search.average_gradients(net)
+    batch = next(data.make_batches(open_split("digits"), 24, 0).epoch(0))
     search.alpha_step(net, torch.optim.SGD(net.alphas.values(), 0.0), *batch)
     alphas = [alpha.grad.clone() for alpha in net.alphas.values()]
     search.weight_step(net, torch.optim.SGD(net.weights, 0.0), *batch, grad_clip=0.1)
@@ -1824,7 +1658,7 @@ def one_of_two(arguments):
 
 def test_two_processes_take_the_steps_of_one_and_stay_equal(tmp_path):
     printed, errors, status = program(__file__, "one_of_two", tmp_path, launcher=TORCHRUN)
-    assert status == 0 and printed.count("| valid") == 4, errors        # one of them speaks
+    assert status == 0 and printed.count("| valid") == 3, errors        # one of them speaks
     first, second = (torch.load(f"{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(first["gradients"], gradients(), rtol=1e-4, atol=1e-8)
     assert first.pop("noise") != second.pop("noise") and tensors_equal(first, second)
@@ -1874,11 +1708,11 @@ def test_readme_try_it_runs_but_for_fewer_epochs(capsys, monkeypatch):
     assert "python -m pytest" in README.partition("<!-- tests -->")[2]
     _, script, *flags = shlex.split(searching)
     assert script == "search.py"
-    search.main([*flags, "--epochs=1"])
+    search.main([*flags, "--epochs=1", "--limit=100"])
     *_, retraining, drawing = capsys.readouterr().out.splitlines()
     _, script, *flags = shlex.split(retraining)
     assert script == "retrain.py"
-    retrain.main([*flags, "--epochs=1"])
+    retrain.main([*flags, "--epochs=1", "--limit=100"])
     assert "test error" in capsys.readouterr().out.splitlines()[-1]
     assert taken(monkeypatch, drawing) == {"experiments.figures"}
 
@@ -1970,9 +1804,9 @@ def fork(float64):
     block = re.search(r"<!-- recipe -->\n```python\n(.*?)```", page, re.S)[1]
     parts = [part.strip() for part in re.split(r"^#.*\n", block, flags=re.M)[1:]]
     places, source = "CONSTRUCTOR NODE SOFTMAX OPTIMIZER VIRTUAL HESSIAN".split(), DARTS_FORK
-    for place, part in zip(places, parts, strict=True):
-        indent = re.search(rf"^( *){place}$", source, re.M)[1]
-        source = source.replace(place, part.replace("\n", f"\n{indent}"))
+    for mark, part in zip(places, parts, strict=True):
+        indent = re.search(rf"^( *){mark}$", source, re.M)[1]
+        source = source.replace(mark, part.replace("\n", f"\n{indent}"))
     names = {"torch": torch, "nn": nn, "F": F, "LARC": LARC, "mixing_weights": mixing_weights,
              "local_factors": local_factors}
     exec(source, names)

@@ -15,6 +15,7 @@ import functools
 import inspect
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +31,7 @@ from genotypes import SPACES, Genotype, load_genotype
 from larc import LARC, local_factors
 from run import (WORLD, Parser, Run, check_facts, device_name, find_device, folder_name,
                  load_checkpoint, make_seed, means, metrics, number, parse_flags, read_json, say,
-                 start, to_bytes, write)
+                 start, write)
 
 
 # ---------------------------------------------------------------- second order (Eq. 2)
@@ -180,7 +181,7 @@ def ada(args, run):
     parts = begin(args, run)
     while True:
         if run.epoch > 0:
-            write(run.folder / f"checkpoint-{run.epoch}.pt", run.checkpoint.read_bytes())
+            shutil.copy(run.checkpoint, run.folder / f"checkpoint-{run.epoch}.pt")
         decay = parts.w_optimizer.param_groups[0]["weight_decay"]
         back = decay < args.max_decay and alarm(run)
         if back:
@@ -204,7 +205,7 @@ def go_back(run, epochs, decay):
     write(run.folder / f"log-before-{decay:g}.jsonl", undone)
     state = load_checkpoint(run.folder / f"checkpoint-{epochs}.pt")
     state["w_optimizer"]["param_groups"][0]["weight_decay"] = decay
-    write(run.checkpoint, to_bytes(state))                  # a killed run now resumes there
+    write(run.checkpoint, state)                            # a killed run now resumes there
     run.load()
 
 
@@ -386,7 +387,7 @@ def begin(args, run):
 def finish(run, genotype, seconds=0):
     """Ends a run. It cost `seconds`, and all logged epochs: undone ones, and of runs within it."""
     for log in run.folder.rglob("log*.jsonl"):
-        seconds += search.seconds_of(map(json.loads, log.read_text().splitlines()))
+        seconds += sum(json.loads(line)["seconds"] for line in log.open())
     search.finish(run, genotype, seconds)
 
 
@@ -444,8 +445,6 @@ def parse_perturbation(arguments, method):
     if not (folder / "genotype.json").exists():
         raise SystemExit(f"perturbation needs a finished run of search.py, and {folder} is none")
     searched = vars(search.parse(["--resume", args.search]))
-    if searched["proxy"] is not None:
-        searched["proxy"] = str(folder / "proxy.json")      # the search's own copy
     args = argparse.Namespace(**{**searched, **vars(args)})
     words = [method, folder.as_posix().removeprefix("runs/")]
     args.out = args.out or folder_name(words, args, parser, {*searched, "search"})

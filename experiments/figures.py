@@ -30,9 +30,9 @@ import search
 from data import make_batches
 from experiments import nasbench201, tables
 from genotypes import SPACES, Genotype, load_genotype
-from model import OPS, ReLUFirst, mixing_weights
-from run import (Parser, find_device, load_checkpoint, make_seed, number, place, progress,
-                 read_json, reason, start, write)
+from model import OPS, ReLUFirst, mixing_weights, place
+from run import (Parser, find_device, load_checkpoint, make_seed, number, progress, read_json,
+                 reason, start, write)
 
 COLORS = {name: f"C{k}" for k, name in enumerate(OPS)}
 METHODS = {short: name for name, short in nasbench201.METHODS.items()}

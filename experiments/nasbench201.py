@@ -150,7 +150,7 @@ def search201(args, run):
         operations = parts.net.betas()["cell"].argmax(1).tolist()           # ties: the first
         values, rank = look_up(operations)
         record |= {"cell": to_text(operations), "accuracies": values, "rank": rank}
-        search.save_epoch(parts, run, record)
+        run.end_epoch(record)
         say(search.epoch_line(record, f"{record['cell']} {describe(operations)}"))
     summed = summary(args, run.log)
     if RANK == 0:
