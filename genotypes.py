@@ -312,13 +312,9 @@ def divide(cell_type, given):
 def checked_input(place, j, given):
     """(operation, source) of an input of node j. Raises ValueError."""
     match given:
-        case [str(name), i] if name in OPS or name == "none":
-            if type(i) is int and i in range(j):
-                return name, i
-            raise ValueError(f"{place}: the source {i!r:.80} is not a node before it")
-        case [_, _, third]:
-            raise ValueError(f"{place}: a third value, {third!r:.80}, in (operation, source)")
-    raise ValueError(f"{place}: {given!r:.80} is not (operation of model.py, source)")
+        case [str(name), i] if type(i) is int and i in range(j) and name in [*OPS, "none"]:
+            return name, i
+    raise ValueError(f"{place}: {given!r:.80} is not (operation of model.py, node before it)")
 
 
 # ---------------------------------------------------------------- writing

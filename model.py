@@ -293,6 +293,25 @@ def count_macs(net, size):
     return counter.get_total_flops() // 2                   # one multiply-add is two FLOPs
 
 
+def metrics(loss, logits, labels):
+    """(loss, top-1 correct, top-5 correct, images), summed over a batch, on the device."""
+    correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]   # (B, 5)
+    images = torch.full_like(loss, len(labels))
+    return torch.stack([loss.detach() * images, correct[:, 0].sum(), correct.sum(), images])
+
+
+@torch.no_grad()
+def evaluate(net, batches):
+    """The summed metrics of a super-network or a derived one, by its running statistics."""
+    net.eval()
+    totals = torch.zeros(4, device=net.classifier.weight.device)    # there may be no batch
+    for images, labels in batches:
+        logits = net(images)
+        logits = logits if torch.is_tensor(logits) else logits[0]   # the second: auxiliary ones
+        totals += metrics(F.cross_entropy(logits, labels), logits, labels)
+    return totals
+
+
 def place(net, device, amp=False):
     """Moves a network to its device. amp: bfloat16 and TF32, in place of float32.
 

@@ -13,7 +13,6 @@ train_imagenet.py.
 """
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import DATASETS, Spec, add_data_flags, make_batches, open_split
 from genotypes import load_genotype, to_json
-from model import Network, count_macs, count_parameters, place
+from model import Network, count_macs, count_parameters, evaluate, metrics, place
 from run import (RANK, WORLD, Parser, Run, add_run_flags, check_facts, device_name, find_device,
-                 folder_name, fraction, load_checkpoint, make_seed, means, metrics, natural,
+                 folder_name, fraction, load_checkpoint, make_seed, means, natural,
                  non_negative, number, parse_flags, positive, positive_int, progress, read_json,
                  reason, say, share_buffers, start, write)
 
@@ -123,17 +122,6 @@ def train_epoch(net, optimizer, batches, epoch, args):
     return totals
 
 
-@torch.no_grad()
-def evaluate(net, test):
-    """The summed metrics of this process's share of the test split."""
-    net.eval()
-    totals = torch.zeros(4, device=net.classifier.weight.device)    # a share may be empty
-    for images, labels in test.epoch(0):
-        logits, _ = net(images)
-        totals += metrics(F.cross_entropy(logits, labels), logits, labels)
-    return totals
-
-
 def train(genotype, args, run, read=read_data):
     """Trains a network to the last epoch; writes weights.pt and result.json.
 
@@ -168,7 +156,7 @@ def train(genotype, args, run, read=read_data):
         share_buffers(net)
         train_loss, train_acc, _, images = means(totals)
         seconds = time.monotonic() - started
-        test_loss, top1, top5, _ = means(evaluate(net, test))
+        test_loss, top1, top5, _ = means(evaluate(net, test.epoch(0)))
         best = min([100 - top1, *(record["test_error"] for record in run.log)])
         record = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
                   "test_loss": test_loss, "test_error": 100 - top1, "test_error_top5": 100 - top5,
@@ -183,18 +171,15 @@ def train(genotype, args, run, read=read_data):
 def finish(run, net, counts):
     """Writes weights.pt and then result.json, which marks the run as finished."""
     weights = {name: value.cpu().contiguous() for name, value in without_head(net.state_dict())}
-    last, best = run.log[-1], min(run.log, key=lambda record: record["test_error"])
-    splits = {name: run.facts[name] for name in ("train_split", "test_split")}
-    result = {**{key: last[key] for key in ("test_error", "test_error_top5", "epoch")},
-              "best_test_error": best["test_error"], "best_epoch": best["epoch"],
-              "seed": run.args.seed, **counts, **splits, "python": platform.python_version(),
+    source = {**run.log[-1], **run.facts}
+    names = "test_error test_error_top5 best_test_error epoch train_split test_split".split()
+    result = {**{name: source[name] for name in names}, "seed": run.args.seed, **counts,
               "torch": torch.__version__, "torchvision": torchvision.__version__}
     if RANK == 0:
         write(run.folder / "weights.pt", {"net": weights, "facts": run.facts})
         write(run.result, json.dumps(result, indent=1))
-    say(f"test error {last['test_error']:.2f}% after the last epoch (the best on the test split, "
-        f"so optimistic: {best['test_error']:.2f}%, epoch {best['epoch']}); "
-        f"{run.folder / 'weights.pt'}")
+    say("test error {test_error:.2f}% after the last epoch (the best on the test split, so "
+        "optimistic: {best_test_error:.2f}%); ".format(**result) + f"{run.folder / 'weights.pt'}")
 
 
 def without_head(state):
@@ -226,7 +211,7 @@ def evaluate_file(path, args):
     net, facts = load_network(path, device, args.amp)
     test = make_data(args, False, device, facts["spec"])
     check_facts(f"{path} and {args.data}", facts, {"classes": test.split.classes})
-    loss, top1, top5, _ = means(evaluate(net, test))
+    loss, top1, top5, _ = means(evaluate(net, test.epoch(0)))
     top5 = f" (top-5 {100 - top5:.2f}%)" if len(facts["classes"]) > 5 else ""
     say(f"{path} on {args.dataset}: test error {100 - top1:.2f}%{top5}, loss {loss:.4f}")
 

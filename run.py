@@ -133,15 +133,8 @@ def make_seed(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
-def metrics(loss, logits, labels):
-    """(loss, top-1 correct, top-5 correct, images), summed over a batch, on the device."""
-    correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]   # (B, 5)
-    images = torch.full_like(loss, len(labels))
-    return torch.stack([loss.detach() * images, correct[:, 0].sum(), correct.sum(), images])
-
-
 def means(totals):
-    """Mean loss, top-1 and top-5 accuracy in percent, images, of the metrics of all processes."""
+    """Mean loss, top-1 and top-5 accuracy in percent, images, of all processes' metrics."""
     if WORLD > 1:
         dist.all_reduce(totals)
     loss, top1, top5, images = totals.tolist()              # waits for the device

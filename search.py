@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from data import Batches, add_data_flags, make_batches, open_split, read_proxy
 from genotypes import SPACES, Genotype, darts_notation, describe, to_json
 from larc import LARC
-from model import SuperNet, place
+from model import SuperNet, evaluate, metrics, place
 from run import (RANK, WORLD, Parser, Run, add_run_flags, device_name, find_device, folder_name,
-                 fraction, make_seed, means, metrics, natural, non_negative, number, parse_flags,
+                 fraction, make_seed, means, natural, non_negative, number, parse_flags,
                  positive, positive_int, progress, say, share_buffers, start, write)
 
 DEFAULTS = {  # of data sets that are not searched as DARTS searches CIFAR-10; ours
@@ -217,23 +217,13 @@ def end_epoch(parts, run, record):
 def validate(parts, record):
     """Adds valid_loss and valid_acc on the half for alpha, mean betas, and alphas to the record."""
     started, net, space, betas = time.monotonic(), parts.net, parts.net.space, parts.net.betas()
-    valid_loss, valid_acc, *_ = means(evaluate(net, parts.validation, record["epoch"]))
+    batches = parts.validation.epoch(record["epoch"])       # augmented, as in DARTS
+    valid_loss, valid_acc, *_ = means(evaluate(net, batches))
     record |= {"valid_loss": valid_loss, "valid_acc": valid_acc,
                "beta_none": mean_beta(space, betas, "none"),
                "beta_skip": mean_beta(space, betas, "skip_connect"),
                "alphas": {cell_type: alpha.tolist() for cell_type, alpha in net.alphas.items()}}
     record["seconds"] += time.monotonic() - started
-
-
-@torch.no_grad()
-def evaluate(net, batches, epoch):
-    """Metrics, summed, on the half for alpha: augmented, as in DARTS; by running statistics."""
-    net.eval()
-    totals = 0
-    for images, labels in batches.epoch(epoch):
-        logits = net(images)
-        totals += metrics(F.cross_entropy(logits, labels), logits, labels)
-    return totals
 
 
 def mean_beta(space, betas, primitive):

@@ -29,8 +29,9 @@ import search
 from data import make_batches
 from genotypes import SPACES, Genotype, load_genotype
 from larc import LARC, local_factors
+from model import metrics
 from run import (WORLD, Parser, Run, check_facts, device_name, find_device, folder_name,
-                 load_checkpoint, make_seed, means, metrics, number, parse_flags, read_json, say,
+                 load_checkpoint, make_seed, means, number, parse_flags, read_json, say,
                  start, write)
 
 
