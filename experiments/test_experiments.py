@@ -68,13 +68,7 @@ def kept(tmp_path_factory):
     log = (root / "vs/log.jsonl").read_text().splitlines()
     (root / "unfinished/log.jsonl").write_text(log[0])
     (root / "pt/log.jsonl").write_text('{"decision": 0}\n')
-    s2 = "--space=s2"
-    for name, source, *flags in (
-            ("r", None), ("longer", None, "--epochs=7"),
-            ("r2", searched(s2)), ("r3", searched("--space=s3")),
-            ("es5", searched(s2, method="es", window=5)),
-            ("es7", searched(s2, method="es", window=7))):
-        retrained(root / name, source, 1.0, *flags)
+    retrained(root / "r", None)
     return root
 
 
@@ -352,52 +346,34 @@ def test_the_numbers_printed_for_the_claims():
 
 def searched(*flags, **others):
     """The search.json of a search of 36 seconds."""
-    found = {"seconds": 36, "device": "Tesla", "genotype": {}}
-    return {**vars(search.parse([*flags])), **found, **others}
+    return {**vars(search.parse([*flags])), "seconds": 36, "device": "Tesla", **others}
 
 
-def retrained(folder, source, error=3.0, *flags, genotype="runs/1/genotype.json", cell=None,
-              **read):
-    """A folder as retrain.py leaves it. error: None if it is not finished."""
-    folder = Path(folder)
-    folder.mkdir()
+def retrained(folder, source, error=3.0, *flags, genotype="runs/1/genotype.json"):
+    """A folder as retrain.py leaves it. source: the search.json that its cell is from, or None."""
+    Path(folder).mkdir()
     args = retrain.parse([f"--genotype={genotype}", f"--out={folder}", *flags])
-    write(folder / "config.json", json.dumps({**vars(args), "processes": 1, "search": source}))
-    write(folder / "genotype.json", json.dumps({"normal": cell}))
-    if error is not None:
-        result = {"test_error": error, "parameters": 1_000_000 + round(100_000 * error), **read}
-        write(folder / "result.json", json.dumps(result))
+    result = {"test_error": error, "parameters": 1_000_000 + 100_000 * error}
+    write(Path(folder, "config.json"), json.dumps({**vars(args), "search": source}))
+    write(Path(folder, "result.json"), json.dumps(result))
 
 
 def printed(capsys, *arguments):
-    """{name: row} of a table, the line above it, and stderr."""
+    """The rows of a table, by their first column."""
     tables.main(arguments)
-    out, errors = capsys.readouterr()
-    rows = {line.split(" | ")[0][2:]: line for line in out.splitlines() if line.startswith("|")}
-    return rows, out.strip().splitlines()[0], errors
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split(" | ")[0][2:]: line for line in lines if line.startswith("|")}
 
 
 def test_a_row_has_the_mean_over_the_searches_of_a_method(capsys):
     for seed, error in enumerate((3.0, 4.0, 5.0)):
-        retrained(f"vs{seed}", searched(*VS_DARTS, seconds=1800 * (seed + 2)), error, cell=seed)
-    retrained("norm", searched("--node_norm"), 9.0)
+        retrained(f"vs{seed}", searched(*VS_DARTS, seconds=1800 * (seed + 2)), error)
     retrained("published", None, 2.0, genotype="P_DARTS")
-    retrained("unfinished", None, None)
-    Path("figures").mkdir()
-    folders = sorted(map(str, Path().iterdir()))
-    rows, above, errors = printed(capsys, "4", *folders)
-    assert errors == "unfinished is left out: it is not finished\n"
-    assert above == (
-        "Retrained on cifar10, all images, 600 epochs, 20 cells, 36 channels; "
-        "searched on cifar10, all images, space darts, 50 epochs, 8 cells, 16 channels")
-    assert list(rows)[2:] == ["DARTS-L2", "DARTS-L2 + node norm", "DARTS-L2 + node norm + LARC",
-                              "VS-DARTS", "P_DARTS"]
-    assert rows["DARTS-L2"] == "| DARTS-L2 | 2.91 | - | - | - |"
-    assert rows["DARTS-L2 + node norm"].endswith("2.71 | 9.00 (9.00) | 1.900 | 0.01 h, Tesla |")
+    folders = ["vs0", "vs1", "vs2", "published"]
     ours = "4.00 ± 1.00 (3.00 4.00 5.00) | 1.400 | 1.50 h, Tesla |"
-    assert rows["VS-DARTS"] == f"| VS-DARTS | 2.43 | {ours}"
-    rows, _, _ = printed(capsys, "1", *folders)
-    assert rows["VS-DARTS (avg)"].endswith(ours)
+    assert printed(capsys, "4", *folders)["VS-DARTS"] == f"| VS-DARTS | 2.43 | {ours}"
+    rows = printed(capsys, "1", *folders)
+    assert rows["VS-DARTS (avg)"] == f"| VS-DARTS (avg) | 3.4 ± 0.3 | 2.50 ± 0.05 | 0.4 | {ours}"
     assert rows["VS-DARTS (best)"].endswith("| 0.4 | 3.00 (3.00) | 1.300 | 1.00 h, Tesla |")
     assert rows["P-DARTS"] == "| P-DARTS | 3.4 | 2.50 | 0.2 | 2.00 (2.00) | 1.200 | - |"
 
@@ -416,58 +392,34 @@ DARTS+PT | perturbation | --weight_decay=3e-4
 @pytest.mark.parametrize("line", METHODS.splitlines())
 def test_a_row_is_of_a_method_and_says_what_differs_from_it(capsys, line):
     name, own, flags = line.split(" | ")
-    retrained("run", searched(*flags.split(), method=own.strip(), window=5))
-    retrained("ada", searched(method="ada", window=7), 4.0)             # a method's own flag
-    assert " 3.00 (3.00) " in printed(capsys, "1", "run", "ada")[0][name]
+    retrained("run", searched(*flags.split(), method=own.strip()))
+    assert " 3.00 (3.00) " in printed(capsys, "1", "run")[name]
 
 
-def test_cells_that_differ_share_no_row(capsys):
-    for name, file, cell in zip("abcd", ("cri1", "cri2", "cri1", "cri1"), (1, 2, 1, 3)):
-        retrained(name, None, cell, genotype=file, cell=cell)
-    rows, _, _ = printed(capsys, "4", *"abcd")
-    assert [row for row in rows.values() if "no search" in row] == [
-        "| cri1 (no search) | - | 1.00 ± 0.00 (1.00 1.00) | 1.100 | - |",
-        "| cri1 (no search) * | - | 3.00 (3.00) | 1.300 | - |",
-        "| cri2 (no search) | - | 2.00 (2.00) | 1.200 | - |"]
-
-
-def test_a_run_counts_once(capsys):
-    retrained("run", searched(*VS_DARTS))
-    Path("link").symlink_to("run")
-    shutil.copytree("run", "copy")
-    rows, _, errors = printed(capsys, "4", "run", "run/", "link", "copy")
-    assert " 3.00 (3.00) " in rows["VS-DARTS"]
-    assert errors.splitlines() == [f"{name} is left out: it is the same run as run"
-                                   for name in ("run", "link", "copy")]
-
-
-def test_runs_on_different_images_share_no_table():
-    retrained("old", searched())                            # it does not say
-    retrained("few", searched(train_split="9 images"), test_split="8 images")
-    retrained("many", searched(train_split="10 images"))
-    retrained("test", searched(), test_split="7 images")
-    tables.main(["1", "old", "few"])
-    assert refusal(tables.main, ["1", "old", "few", "many"]) == (
-        "protocols differ: search's train_split 10 images in many, 9 images in few")
-    assert refusal(tables.main, ["1", "old", "few", "test"]) == (
-        "protocols differ: test_split 7 images in test, 8 images in few")
+def test_runs_of_two_protocols_share_no_table():
+    retrained("es5", searched(method="es", window=5))
+    retrained("ada", searched(method="ada", window=7))      # that of another method may differ
+    retrained("longer", searched(), 3.0, "--epochs=7")
+    retrained("s2", searched("--space=s2"))
+    retrained("es7", searched(method="es", window=7))
+    tables.main(["1", "es5", "ada"])
+    for folder, said in {"longer": "--epochs 7 in longer, 600 in es5",
+                         "s2": "search's --space s2 in s2, darts in es5",
+                         "es7": "es's --window 7 in es7, 5 in es5"}.items():
+        assert refusal(tables.main, ["1", "es5", folder]) == f"protocols differ: {said}"
 
 
 @pytest.mark.parametrize("case", [
-    "14 darts --dataset=digits", "14 darts --dataset=cifar100", "14 darts --limit=100",
-    "14 darts --image_size=16", "14 s2", "134 s2 --layers=8", "3 s2 --dataset=digits", "3 darts"])
+    "4 darts --dataset=cifar100", "4 darts --limit=100", "4 darts --image_size=16", "4 s2",
+    "3 s2 --layers=8", "3 darts"])
 def test_published_numbers_beside_their_like_only(capsys, case):
-    numbers, space, *flags = case.split()
+    number, space, *flags = case.split()
     retrained("run", searched(*VS_DARTS, f"--space={space}"), 3.0, *flags)
-    for number in numbers:
-        rows, _, _ = printed(capsys, number, "run")
-        dashes = "- | - | -" if number == "1" else "-"
-        ours = "3.00 (3.00) | 1.300 | 0.01 h, Tesla"
-        assert rows.pop("VS-DARTS") == f"| VS-DARTS | {dashes} | {ours} |"
-        assert rows.keys() - {"method", "---"} <= {"VS-DARTS (best)"}
+    _, _, row = printed(capsys, number, "run").values()
+    assert row == "| VS-DARTS | - | 3.00 (3.00) | 1.300 | 0.01 h, Tesla |"
 
 
-def test_table_3(capsys):
+def test_table_3_is_one_for_each_data_set_and_space(capsys):
     retrained("s2", searched(*VS_DARTS, "--space=s2"), 9.0)
     retrained("s4", searched(*VS_DARTS, "--space=s4"), 20.0, "--dataset=cifar100")
     tables.main(["3", "s2", "s4"])
@@ -475,16 +427,12 @@ def test_table_3(capsys):
     assert "| DARTS | 4.85 | - | - | - |" in lines and "| DARTS-ADA | 23.20 | - | - | - |" in lines
     assert "| VS-DARTS | 2.57 | 9.00 (9.00) | 1.900 | 0.01 h, Tesla |" in lines
     assert "| VS-DARTS | 20.69 | 20.00 (20.00) | 3.000 | 0.01 h, Tesla |" in lines
-    assert len(lines) == 2 * (3 + 2 + 7)
 
 
-def test_table_2(monkeypatch, capsys):
-    two = {name: PUBLISHED[name] for name in ("DARTS_V2", "DARTS_PT_3")}
-    monkeypatch.setattr(tables, "PUBLISHED", two)
-    rows, _, _ = printed(capsys, "2")
+def test_table_2_counts_the_published_cells(monkeypatch, capsys):
+    monkeypatch.setattr(tables, "PUBLISHED", {"DARTS_V2": PUBLISHED["DARTS_V2"]})
     numbers = "3,349,342 (3.3) | 2.76 | 4,718,752 (4.7) | 529,911,552 (574) | 26.7"
-    assert numbers in rows["DARTS_V2"]
-    assert " (3.33) | - | " in rows["DARTS_PT_3"] and len(rows) == 4
+    assert numbers in printed(capsys, "2")["DARTS_V2"]
 
 
 # ---------------------------------------------------------------- baselines
@@ -955,9 +903,6 @@ BAD = [  # a command, and words of the line that refuses it
     ("tables 4 darts", "table 4 needs finished retrainings"),
     ("tables 3 r", "table 3 those of searched cells"),
     ("tables 1 nothing", "nothing/config.json cannot be read"),
-    ("tables 4 r longer", "protocols differ: --epochs 7 in longer, 600 in r"),
-    ("tables 1 r2 r3", "protocols differ: search's --space s3 in r3, s2 in r2"),
-    ("tables 1 es5 r2 es7", "protocols differ: es's --window 7 in es7, 5 in es5"),
     ("baselines nothing", "no method nothing: choose one of second_order, es, ada, r_darts, "),
     ("baselines es --max_decay=1", "unrecognized arguments: --max_decay=1"),
     ("baselines ada --weight_decay=0", "must be above 0 and below --max_decay 0.03"),
