@@ -181,12 +181,12 @@ def reason(error):
 
 
 def write(path, content):
-    """Writes a text, or a dict as a .pt file, all or nothing: by a temporary file."""
+    """Writes a text, bytes, or a dict as a .pt file, all or nothing: by a temporary file."""
     temporary, buffer = Path(f"{path}.{os.getpid()}.tmp"), io.BytesIO()
-    if isinstance(content, str):
-        buffer.write(f"{content}\n".encode())
-    else:
+    if isinstance(content, dict):
         torch.save(content, buffer)
+    else:
+        buffer.write(content if isinstance(content, bytes) else f"{content}\n".encode())
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -299,7 +299,7 @@ def check_facts(path, saved, facts):
         if was != now:
             if name == "classes":                           # only those that are not in both
                 was, now = sorted({*was} - {*now})[:3], sorted({*now} - {*was})[:3]
-            raise SystemExit(f"{path}: the {name} were {was}, and are {now}")
+            raise SystemExit(f"{path} has the {name} {was}, not {now}")
 
 
 def start(main):

@@ -1411,7 +1411,7 @@ rm -r images/val                                    -> images/val/CLASS/IMAGE is
 cd images/val; mv dark/* .; rm -r dark light        -> images/val/CLASS/IMAGE is needed
 cd images/val; rm -r dark; mv light .light          -> images/val/CLASS/IMAGE is needed
 rm -r images/val/dark                               -> with more classes than light
-mv images/val/dark images/val/night                 -> the classes were ['dark'], and are ['night']
+mv images/val/dark images/val/night                 -> has the classes ['dark'], not ['night']
 echo no picture > images/val/dark/1.png             -> val/dark/1.png cannot be read
 """))
 def test_a_tree_of_images_that_cannot_be_read_is_refused(capsys, dataset, change, said):
@@ -1422,9 +1422,9 @@ def test_a_tree_of_images_that_cannot_be_read_is_refused(capsys, dataset, change
 
 @both_kinds
 @pytest.mark.parametrize("change, said", rows("""
-rm others/train/dark/1.png                          -> the train_split were
-mv others/val/dark/1.png others/val/light/9.png     -> the test_split were
-cp others/val/dark/1.png others/val/dark/2.png      -> the test_split were
+rm others/train/dark/1.png                          -> has the train_split
+mv others/val/dark/1.png others/val/light/9.png     -> has the test_split
+cp others/val/dark/1.png others/val/dark/2.png      -> has the test_split
 cp -r others/train/dark others/train/night; cp -r others/val/dark others/val/night -> ['night']
 """))
 def test_a_run_does_not_go_on_with_other_images(dataset, change, said):
@@ -1598,7 +1598,7 @@ def test_a_search_sees_the_two_halves_of_the_same_images(made):
     assert torch.equal(alpha.split.images, split.images[held["alpha"]])
     stop_after(1, search.main, [*flags, "--epochs=2", "--out=run"])
     Path("p").write_text(json.dumps({**held, "w": held["alpha"], "alpha": held["w"]}))
-    assert "the train_split were" in refusal(search.main, ["--resume=run"])
+    assert "has the train_split" in refusal(search.main, ["--resume=run"])
     Path("p").write_text(json.dumps({**held, "split": "1437 images of other classes"}))
     assert "is about 1437 images of other classes" in refusal(search.main, flags)
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import run
 from experiments import figures, nasbench201
 from experiments.nasbench201 import SuperNet201, from_text, look_up, rank_sum_p, to_text
+from model import place
 from test_experiments import checkpoints, read_log, stop_and_resume
 from test_vsdarts import (CPU, a_folder_of_its_own, assert_equals_oracle, float64, norm_at,
                           refusal, slow_norm, tensors_equal)
@@ -100,7 +100,7 @@ def slow_supernet(p, cells, node_norm, sqrt_beta, x):
                          [(False, False, 1), (True, False, 2), (False, True, 1), (True, True, 2)])
 def test_supernet_equals_the_oracle_in_values_and_gradients(float64, node_norm, sqrt_beta, cells):
     torch.manual_seed(0)
-    net = run.place(SuperNet201(3, 3 * cells, 10, node_norm, sqrt_beta), CPU)
+    net = place(SuperNet201(3, 3 * cells, 10, node_norm, sqrt_beta), CPU)
     for p in [*net.alphas.values(), *(w for w in net.weights if w.dim() == 1)]:
         p.data.normal_()                                    # betas uneven, batch norms not 1 and 0
     images = torch.randn(6, 3, 12, 8)
