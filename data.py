@@ -163,13 +163,10 @@ class ImageFolder(datasets.ImageFolder):
 
     def __init__(self, root, train, transform):
         folder, self.left_out = root / ("train" if train else "val"), 0
-        needed = f"{folder}/CLASS/IMAGE is needed"
         try:
             super().__init__(folder, transform, loader=read_image, is_valid_file=self.is_image)
         except (OSError, ValueError) as error:
-            raise SystemExit(f"{needed}, and is missing ({reason(error)})") from None
-        if len(self.classes) < 2:
-            raise SystemExit(f"{needed}, with more classes than {self.classes[0]}")
+            raise SystemExit(f"{folder}/CLASS/IMAGE is needed ({reason(error)})") from None
         if not train and (root / "train").is_dir():
             classes = {"classes": self.find_classes(root / "train")[0]}
             check_facts(f"{root}/train", classes, {"classes": self.classes})

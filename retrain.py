@@ -25,9 +25,9 @@ from data import DATASETS, Spec, add_data_flags, make_batches, open_split
 from genotypes import load_genotype, to_json
 from model import Network, count_macs, count_parameters, evaluate, metrics, place
 from run import (RANK, WORLD, Parser, Run, add_run_flags, check_facts, device_name, find_device,
-                 folder_name, fraction, load_checkpoint, make_seed, means, natural,
-                 non_negative, number, parse_flags, positive, positive_int, progress, read_json,
-                 reason, say, share_buffers, start, write)
+                 fraction, load_checkpoint, make_seed, means, natural, non_negative, number,
+                 parse_flags, positive, positive_int, progress, read_json, reason, say,
+                 share_buffers, start, write)
 
 CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36,
            "lr_scheduler": "cosine", "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9,
@@ -276,7 +276,7 @@ def head_size(args):
 
 
 def parse(arguments):
-    """The flags, checked against each other, with the run folder's name filled in."""
+    """The flags, checked against each other."""
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.evaluate is not None:
@@ -292,11 +292,6 @@ def parse(arguments):
     if args.lr_scheduler == "linear" and args.epochs < 6:
         raise SystemExit("--lr_scheduler linear needs --epochs 6 or more: the last five have a "
                          "slope of their own")
-    name = Path(args.genotype).as_posix().removeprefix("runs/")
-    name = name.removesuffix(".json").removesuffix("/genotype")
-    parser.set_defaults(lr_scheduler=PROTOCOLS[args.dataset]["lr_scheduler"])   # named if linear
-    words = ["retrain", args.dataset, name]
-    args.out = args.out or folder_name(words, args, parser, {"genotype"})
     return args
 
 
@@ -305,7 +300,8 @@ def parse_evaluate(parser, arguments, path):
     path = path / "weights.pt" if path.is_dir() else path
     saved = read_json(path.parent / "config.json")
     args = parser.parse_args(arguments, argparse.Namespace(**saved))
-    return argparse.Namespace(**{**vars(args), "evaluate": str(path)})
+    args.evaluate = path
+    return args
 
 
 def source_of(args, genotype):
@@ -325,7 +321,7 @@ def read_genotype(name_or_file):
 def main(arguments):
     args = parse(arguments)
     if args.evaluate is not None:
-        return evaluate_file(Path(args.evaluate), args)
+        return evaluate_file(args.evaluate, args)
     kept = Path(args.out) / "genotype.json"                 # a resumed run's
     genotype = read_genotype(kept if args.resume and kept.exists() else args.genotype)
     if args.resume is None:

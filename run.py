@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -43,31 +44,36 @@ def Parser(program, **options):
     return parser
 
 
-def number(kind, low, high=2**31 - 1, above=False):
-    """A type for argparse: an int or float from `low` (with `above`: greater) to `high`."""
+def number(kind, low, high=2**31 - 1):
+    """A type for argparse: an int or float from `low` to `high`."""
     def read(text):
         value = kind(text)
-        if low < value <= high or (value == low and not above):
-            return value
-        limits = f"{'above' if above else 'from'} {low} to {high}"
-        raise argparse.ArgumentTypeError(f"it must be {limits}, not {text}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"it must be from {low} to {high}, not {text}")
+        return value
     read.__name__ = "whole number" if kind is int else "number"     # for argparse's own message
     return read
 
 
 natural, positive_int, fraction = number(int, 0), number(int, 1), number(float, 0, 1)
-non_negative, positive = number(float, 0), number(float, 0, above=True)
+non_negative, positive = number(float, 0), number(float, 1e-9)
 
 
 def parse_flags(parser, arguments, defaults):
     """The flags; with --resume FOLDER those in its config.json, of which few may be changed.
 
-    defaults(args): {flag: default} where it depends on other flags.
+    defaults(args): {flag: default} where it depends on other flags. By default a run's folder is
+    named after its program, the switches that are on, and the time: each run has its own.
     """
     args = parser.parse_args(arguments)
     if args.resume is None:
         parser.set_defaults(**defaults(args))
-        return parser.parse_args(arguments)
+        args = parser.parse_args(arguments)
+        program = re.split("[. ]", parser.prog.removesuffix(".py"))[-1]
+        switches = [flag for flag, value in vars(args).items() if value is True]
+        name = "-".join([program, *switches, time.strftime("%m%d-%H%M%S")])
+        args.out = args.out or f"runs/{name}"
+        return args
     folder = Path(args.resume)
     folder = folder.parent if folder.is_file() else folder
     saved = {**read_json(folder / "config.json"), "out": str(folder), "resume": args.resume}
@@ -86,22 +92,9 @@ def add_run_flags(parser):
     add("--device", help="torch device (default: CUDA if there is any, else the CPU)")
     add("--amp", action="store_true", help="bfloat16 and TF32: other numbers, faster on some GPUs")
     add("--workers", type=natural, default=4, help="processes that read ImageNet")
-    add("--out", help="run folder (default: in runs/, named after all flags not at their defaults)")
+    add("--out", help="run folder (default: a new one in runs/)")
     add("--resume", metavar="FOLDER",
         help="continue a run; --data, --device and --workers may change")
-
-
-def folder_name(words, args, parser, without):
-    """runs/NAME: some words, every flag not at its default, the seed. Each setting has its own."""
-    without = {*without, "dataset", "seed", "device", "workers", "out", "resume"}
-    if args.dataset not in ("folder", "imagenet"):          # whose images are those of --data
-        without.add("data")
-    changed = [f"{flag}={value}" for flag, value in vars(args).items()
-               if flag not in without and value != parser.get_default(flag)]
-    name = "-".join([*words, *changed, str(args.seed)]).replace("/", "-")
-    if len(name.encode()) > 255:                            # no file system takes it
-        name = f"{name[:50]}-{make_seed(name):016x}"
-    return f"runs/{name}"
 
 
 # ---------------------------------------------------------------- device and numbers

@@ -26,9 +26,9 @@ from data import Batches, add_data_flags, make_batches, open_split, read_proxy
 from genotypes import SPACES, Genotype, darts_notation, describe, to_json
 from larc import LARC
 from model import SuperNet, evaluate, metrics, place
-from run import (RANK, WORLD, Parser, Run, add_run_flags, device_name, find_device, folder_name,
-                 fraction, make_seed, means, natural, non_negative, number, parse_flags,
-                 positive, positive_int, progress, say, share_buffers, start, write)
+from run import (RANK, WORLD, Parser, Run, add_run_flags, device_name, find_device, fraction,
+                 make_seed, means, natural, non_negative, number, parse_flags, positive,
+                 positive_int, progress, say, share_buffers, start, write)
 
 DEFAULTS = {  # of data sets that are not searched as DARTS searches CIFAR-10; ours
     "digits": {"layers": 3, "init_channels": 8, "epochs": 10, "batch_size": 128,
@@ -312,14 +312,10 @@ def make_parser(program="search.py", description=__doc__):
     return parser
 
 
-def parse(arguments, parser=None, method=None):
-    """The flags, checked against each other, with the run folder's name filled in."""
+def parse(arguments, parser=None):
+    """The flags, checked against each other."""
     parser = parser or make_parser()
     args = parse_flags(parser, arguments, lambda args: DEFAULTS.get(args.dataset, {}))
-    switches = [flag for flag in ("node_norm", "larc", "sqrt_beta") if getattr(args, flag)]
-    name = "+".join([method, *switches] if method else switches) or "darts_l2"
-    words = [args.dataset, args.space, name]
-    args.out = args.out or folder_name(words, args, parser, {*switches, "space"})
     if args.proxy is not None and (args.limit, args.train_portion) != (None, 0.5):
         raise SystemExit("--proxy says which images train w and alpha: leave out --limit and "
                          "--train_portion")

@@ -912,22 +912,6 @@ def test_names_of_classes_have_one_form_and_one_order():
         assert torch.equal(split.images[:, 0, 0, 0], split.labels)
 
 
-@pytest.mark.parametrize("dataset", ["folder", "imagenet"])
-def test_a_splits_name_changes_with_what_is_in_it(dataset):
-    make_folder("images")
-    first, path = open_split(dataset).name, Path("images/train/dark/0.png")
-    names = [first, open_split(dataset, limit=11).name]
-    for moved_to in ("dark/9.png", "light/-.png", "gone.png"):      # its place, label, all
-        path = path.rename(Path("images/train", moved_to))
-        names.append(open_split(dataset).name)
-    if dataset == "folder":                                 # on disk only names are compared
-        shutil.copy("images/train/dark/1.png", "images/train/dark/2.png")
-        names.append(open_split(dataset).name)
-    assert len({*names}) == len(names)
-    make_folder("again")
-    assert open_split(dataset, data="again").name == first
-
-
 @pytest.mark.parametrize("train", [True, False])
 def test_imagenet_goes_through_the_transforms_of_darts(train):
     make_folder("images", (300, 260), count=1)
@@ -1269,37 +1253,10 @@ def test_sigint_is_blocked_in_workers_alone(monkeypatch):
     assert not sigint_is_blocked()
 
 
-def default_folder(command):
-    name, *flags = command.split()
-    return importlib.import_module(name).parse(flags).out
-
-
-@pytest.mark.parametrize("command", ["search --larc", "retrain --genotype=VS_DARTS"])
-def test_default_folders_differ_in_every_flag(command):
-    parser = importlib.import_module(command.split()[0]).make_parser()
-    names, left_out = [default_folder(command)], "help larc data device workers out resume evaluate"
-    for action in parser._actions:
-        if action.dest not in left_out.split():
-            kind = getattr(action.type, "__name__", "")
-            value = {"whole number": 9, "number": 0.02}.get(kind, [*(action.choices or "x")][-1])
-            value = "" if action.nargs == 0 else f"={value}"
-            names.append(default_folder(f"{command} --{action.dest}{value}"))
-    assert len(set(names)) == len(names) > 20, sorted(names)
-    assert "(default: " in parser.format_help()
-
-
-@pytest.mark.parametrize("command, other", [
-    ("search --dataset=folder --data=a", "--data=b"),
-    ("search --dataset=digits", "--layers=8"),              # CIFAR-10's default
-    ("retrain --genotype=GDAS --image_size=16", "--cutout_length=16"),
-    ("retrain --genotype=GDAS --dataset=imagenet --lr_scheduler=linear",
-     "--batch_size=128 --learning_rate=0.1"),               # of the other schedule
-    (f"retrain --genotype=runs/{'s' * 180}/genotype.json --epochs=9 --layers=9 --gamma=1 "
-     "--momentum=0.5 --label_smooth=0.1", "--seed=1"),
-    (f"search --proxy={'ö' * 120}", "--seed=1")])
-def test_default_folders_differ_and_fit_a_file_system(command, other):
-    names = default_folder(command), default_folder(f"{command} {other}")
-    assert names[0] != names[1] and max(len(Path(name).name.encode()) for name in names) < 256
+def test_by_default_every_run_has_a_folder_of_its_own(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    assert search.parse(["--larc", "--node_norm"]).out == "runs/search-node_norm-larc-now"
+    assert retrain.parse(["--genotype=GDAS"]).out == "runs/retrain-now"
 
 
 # ---------------------------------------------------------------- what is refused
@@ -1410,7 +1367,7 @@ both_kinds = pytest.mark.parametrize("dataset", ["folder", "imagenet"])
 rm -r images/val                                    -> images/val/CLASS/IMAGE is needed
 cd images/val; mv dark/* .; rm -r dark light        -> images/val/CLASS/IMAGE is needed
 cd images/val; rm -r dark; mv light .light          -> images/val/CLASS/IMAGE is needed
-rm -r images/val/dark                               -> with more classes than light
+rm -r images/val/dark                               -> has the classes ['dark'], not []
 mv images/val/dark images/val/night                 -> has the classes ['dark'], not ['night']
 echo no picture > images/val/dark/1.png             -> val/dark/1.png cannot be read
 """))

@@ -30,9 +30,9 @@ from data import make_batches
 from genotypes import SPACES, Genotype, load_genotype
 from larc import LARC, local_factors
 from model import metrics
-from run import (WORLD, Parser, Run, check_facts, device_name, find_device, folder_name,
-                 load_checkpoint, make_seed, means, number, parse_flags, read_json, say,
-                 start, write)
+from run import (WORLD, Parser, Run, check_facts, device_name, find_device, load_checkpoint,
+                 make_seed, means, natural, non_negative, number, parse_flags, positive,
+                 positive_int, read_json, say, start, write)
 
 
 # ---------------------------------------------------------------- second order (Eq. 2)
@@ -398,26 +398,26 @@ def make_parser(method):
     parser.set_defaults(weight_decay=3e-4, method=method)
     add = parser.add_argument_group(method).add_argument
     if method in ("es", "ada"):
-        add("--window", type=number(int, 1), default=5,
+        add("--window", type=positive_int, default=5,
             help="epochs of the moving average (Zela et al.)")
-        add("--ratio", type=number(float, 0, above=True), default=0.75,
+        add("--ratio", type=positive, default=0.75,
             help="of averages (Zela et al.)")
-        add("--first", type=number(int, 1), default=10,
+        add("--first", type=positive_int, default=10,
             help="first epoch for an alarm (RobustDARTS)")
     if method == "ada":
-        add("--max_decay", type=number(float, 0), default=0.03,
+        add("--max_decay", type=non_negative, default=0.03,
             help="largest weight decay (RobustDARTS)")
     if method == "r_darts":
-        add("--train_epochs", type=number(int, 1), default=100,
+        add("--train_epochs", type=positive_int, default=100,
             help="epochs of the brief training (DARTS)")
-        add("--train_layers", type=number(int, 3, 1000), default=8, help="cells (RobustDARTS)")
-        add("--train_channels", type=number(int, 2, 4096), default=16,
+        add("--train_layers", type=number(int, 3), default=8, help="cells (RobustDARTS)")
+        add("--train_channels", type=number(int, 2), default=16,
             help="its channels (RobustDARTS)")
     return parser
 
 
 def parse(arguments, method):
-    args = search.parse(arguments, make_parser(method), method)
+    args = search.parse(arguments, make_parser(method))
     if method == "ada" and not 0 < args.weight_decay < args.max_decay:
         raise SystemExit(f"--weight_decay must be above 0 and below --max_decay "
                          f"{args.max_decay:g}, to grow")
@@ -433,11 +433,11 @@ def parse_perturbation(arguments, method):
     parser.set_defaults(method=method, out=None, resume=None)
     add = parser.add_argument
     add("search", metavar="RUN", nargs="?", help="folder of a finished run of search.py")
-    add("--tune_epochs", type=number(int, 0), default=5,
+    add("--tune_epochs", type=natural, default=5,
         help="after each pair of decisions (darts-pt)")
     add("--data", help="default: the search's")
     add("--device", help="default: the search's")
-    add("--out", help="run folder (default: in runs/, named after RUN and --tune_epochs)")
+    add("--out", help="run folder (default: a new one in runs/)")
     add("--resume", metavar="FOLDER", help="continue an interrupted run, with its flags")
     args = parse_flags(parser, arguments, lambda args: {})
     if args.resume is not None:
@@ -447,8 +447,6 @@ def parse_perturbation(arguments, method):
         raise SystemExit(f"perturbation needs a finished run of search.py, and {folder} is none")
     searched = vars(search.parse(["--resume", args.search]))
     args = argparse.Namespace(**{**searched, **vars(args)})
-    words = [method, folder.as_posix().removeprefix("runs/")]
-    args.out = args.out or folder_name(words, args, parser, {*searched, "search"})
     args.search_seconds = read_json(folder / "search.json")["seconds"]
     return args
 

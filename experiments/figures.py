@@ -31,8 +31,8 @@ from data import make_batches
 from experiments import nasbench201, tables
 from genotypes import SPACES, Genotype, load_genotype
 from model import OPS, ReLUFirst, mixing_weights, place
-from run import (Parser, find_device, load_checkpoint, make_seed, number, progress, read_json,
-                 reason, start, write)
+from run import (Parser, find_device, load_checkpoint, make_seed, natural, number, positive_int,
+                 progress, read_json, reason, start, write)
 
 COLORS = {name: f"C{k}" for k, name in enumerate(OPS)}
 METHODS = {short: name for name, short in nasbench201.METHODS.items()}
@@ -641,8 +641,8 @@ def parse(arguments):
     add("figure", choices=FIGURES, help="which figure")
     add("runs", nargs="+", metavar="RUN", help="folders of runs; figure 1: cells")
     add("--edge", action="append", help="figures 2 and 6 (default: normal:1-3 and reduce:1-3)")
-    add("--epoch", type=number(int, 0), help="figure 2: after so many epochs (default: all)")
-    add("--tune", type=number(int, 1), help="figure 2: epochs of training, to convergence")
+    add("--epoch", type=natural, help="figure 2: after so many epochs (default: all)")
+    add("--tune", type=positive_int, help="figure 2: epochs of training, to convergence")
     add("--images", type=number(int, 2), help="figure 2: first images of the half for alpha")
     add("--method", action="append", choices=nasbench201.METHODS,
         help="nasbench201: draw this method only; may be repeated")
