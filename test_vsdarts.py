@@ -723,27 +723,22 @@ class Crossings(TorchDispatchMode):
         return result
 
 
-def test_epochs_wait_for_nothing(monkeypatch):
-    """On the meta device, where reading a value is an error. Two copies an epoch: the images'
+def test_an_epoch_waits_for_nothing(monkeypatch):
+    """On the meta device, where reading a value is an error. Two copies for each half: the images'
     order, and the numbers that augment them."""
     split = open_split("digits", device=torch.device("meta"), limit=8)
     placed = split.spec, split.images.device
     assert data.constants(*placed) is data.constants(*placed)       # copied once in a program
     with torch.device("meta"):
         net = SuperNet(SPACES["s2"], 2, 3)
-        derived = Network(PUBLISHED["VS_DARTS"].genotype, 2, 3)
     w_batches, alpha_batches = data.Batches(split, 4, 0, cutout=2), data.Batches(split, 4, 1)
     args = search.parse([*TINY, "--larc"])
     optimizers = search.make_optimizers(net, args)
     parts = search.Parts(args, net, *optimizers, w_batches, alpha_batches, alpha_batches)
     monkeypatch.setattr(search, "means", lambda totals: (0, 0, 0, 0))   # reads values, at the end
-    with Crossings() as of_search:
+    with Crossings() as crossings:
         search.train_epoch(parts, 1)
-    args = retrain.parse(["--genotype=VS_DARTS", "--label_smooth=0.1"])
-    derived.drop_path_prob, sgd = 0.1, torch.optim.SGD(derived.parameters(), 0.1, momentum=0.9)
-    with Crossings() as of_retraining:
-        retrain.train_epoch(derived, sgd, w_batches, 1, args)
-    assert (of_search.count, of_retraining.count) == (4, 2)
+    assert crossings.count == 4
 
 
 # ---------------------------------------------------------------- data, schedules
@@ -1213,14 +1208,14 @@ def test_a_network_is_tested_alone_as_after_its_last_epoch(whole, capsys, file):
         assert f"test error {error:.2f}%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("terminal, said", [(False, [2, 4, 6, 8]), (True, [2, 3, 4, 5, 6, 7, 8])])
+@pytest.mark.parametrize("terminal, said", [(False, "2468"), (True, "2345678")])
 def test_progress_says_what_is_left_and_not_too_often(monkeypatch, capsys, terminal, said):
     clock = [0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     for item in run.progress(range(9), "epoch 3", 9, images=80):
         clock[0] += 40 if item else 500                     # the first takes longer
-    lines = [f"epoch 3: {done} of 9, {40 * (9 - done)} s left, 2 images/s" for done in said]
+    lines = [f"epoch 3: {k} of 9, {40 * (9 - int(k))} s left, 2 images/s" for k in said]
     assert capsys.readouterr().err.splitlines() == lines
 
 
@@ -1342,13 +1337,12 @@ def test_a_run_of_another_version_is_refused(whole, flag, said):
 
 
 @pytest.mark.parametrize("file, content", [
-    ("run/notes.txt", "mine"), ("run/config.json", '{"lr": 1}'), ("run/config.json", "[1"),
-    ("run", "no folder")])
+    ("run/notes.txt", "mine"), ("run/config.json", '{"lr": 1}'), ("run", "no folder")])
 def test_what_a_user_has_in_a_folder_is_left_as_it_is(file, content):
     Path(file).parent.mkdir(exist_ok=True)
     Path(file).write_text(content)
     before = {*Path().rglob("*")}
-    assert refusal(search.main, [*TINY, "--out=run"]).startswith("run")
+    assert refusal(search.main, [*TINY, "--out=run"]).startswith("run is in use")
     assert {*Path().rglob("*")} == before and Path(file).read_text() == content
 
 
@@ -1459,13 +1453,12 @@ def test_the_published_histogram_and_the_weights_of_its_bins():
     ("random", "1 1 1 1 1 1 1")])
 def test_images_are_drawn_without_replacement_as_often_as_their_bins_say(scheme, odds):
     bins, odds = np.array([0, 1, 1, 3, 3, 3, 3]), np.array(odds.split(), float)
-    pairs = np.array([proxy.draw(bins, scheme, 2, seed) for seed in range(3000)])
-    assert (pairs[:, 0] != pairs[:, 1]).all()
-    p = odds / odds.sum()
-    second = p * ((p / (1 - p)).sum() - p / (1 - p))        # after any other one
-    for half in pairs.T:                                   # both halves are alike
-        frequencies = np.bincount(half, minlength=7) / 3000
-        assert frequencies == pytest.approx((p + second) / 2, abs=0.03)
+    assert sorted(proxy.draw(bins, scheme, 7, seed=0)) == [*range(7)]
+    drawn = [proxy.draw(bins, scheme, 1, seed).item() for seed in range(3000)]
+    frequencies = np.bincount(drawn, minlength=7) / 3000
+    assert frequencies == pytest.approx(odds / odds.sum(), abs=0.03)
+    halves = [proxy.draw(bins, scheme, 6, seed)[:3] for seed in range(1000)]     # are alike
+    assert abs(np.mean([0 in half for half in halves]) - 0.5) < 0.1
 
 
 @pytest.fixture(scope="module")
@@ -1497,12 +1490,11 @@ def test_the_file_says_what_was_drawn_and_from_what(made, capsys):
     assert held["split"] == split.name and "1437 images" in split.name
     entropy = slow_entropies(weights, split)
     assert [held["mean"], held["max"]] == pytest.approx([entropy.mean(), entropy.max()], rel=1e-5)
-    for key, part in (("counts", entropy), ("chosen", entropy[drawn])):
-        assert held[key] == np.histogram(np.log10(part), held["bins"])[0].tolist()
     proxy.main([f"--show={made}/proxy.json"])
     rows = [row.split() for row in capsys.readouterr().out.splitlines()[3:]]
-    assert [int(row[3]) for row in rows] == held["counts"]
-    assert [int(row[5]) for row in rows] == held["chosen"]
+    for column, part in ((3, entropy), (5, entropy[drawn])):
+        counts = np.histogram(np.log10(part), held["bins"])[0].tolist()
+        assert [int(row[column]) for row in rows] == counts
 
 
 def test_a_network_tests_and_ranks_images_as_it_was_trained_on_them(made, capsys):
