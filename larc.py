@@ -11,13 +11,13 @@ For each tensor w with gradient g, global rate lr, weight decay b and trust coef
               f = 1               if |w| or |g| is 0: no ratio exists; the decay still applies
     step      m <- momentum m + f d,  w <- w - lr m
 
-| source                              | local rate                      | decay            | t     |
-|-------------------------------------|---------------------------------|------------------|-------|
-| the paper, section 4.2              | lr |w| / |g|                    | not mentioned    | none  |
-| LARS (arXiv 1708.03888)             | lr t |w| / (|g| + b |w|)        | in d and ratio   | 0.001 |
-| NVIDIA OpenSeq2Seq, LARC            | min(lr, t |w| / |g|)            | not in the ratio | < 1   |
-| apex 2ec84eb, LARC(clip=False)      | lr t |w| / (|g| + b |w| + eps)  | in d and ratio   | 0.02  |
-| apex's LARC(), the authors' release | lr, if that line's is not less  | in d and ratio   | 0.02  |
+source                     local rate                       decay in    t
+the paper, section 4.2     lr |w| / |g|                     not said    none
+LARS (arXiv 1708.03888)    lr t |w| / (|g| + b |w|)         d, ratio    0.001
+NVIDIA OpenSeq2Seq, LARC   min(lr, t |w| / |g|)             not ratio   < 1
+apex 2ec84eb, clip=False   lr t |w| / (|g| + b |w| + eps)   d, ratio    0.02
+apex's LARC(); the         lr, if the line above is         d, ratio    0.02
+authors' release           not less
 
 Unlike apex's wrapper this is an Optimizer itself: schedulers, state_dict and zero_grad see what
 they expect. Where apex leaves tensors of zero norm without weight decay, they have it here.

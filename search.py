@@ -8,8 +8,7 @@
 Without the three switches it is DARTS (first order) with the paper's larger weight decay, as in
 Table 4. Under torchrun --batch_size is that of all processes together; batch norm and node
 normalization see their own process's images only, as with DataParallel in every published code.
-Whatever the paper leaves to DARTS follows quark0/darts, cnn/train_search.py and cnn/architect.py at
-f276dd3.
+Whatever the paper leaves to DARTS follows quark0/darts f276dd3, cnn/{train_search,architect}.py.
 """
 import json
 import shlex
@@ -30,10 +29,8 @@ from run import (RANK, WORLD, Parser, Run, add_run_flags, device_name, find_devi
                  make_seed, means, natural, non_negative, number, parse_flags, positive,
                  positive_int, progress, say, share_buffers, start, write)
 
-DEFAULTS = {  # of data sets that are not searched as DARTS searches CIFAR-10; ours
-    "digits": {"layers": 3, "init_channels": 8, "epochs": 10, "batch_size": 128,
-               "arch_learning_rate": 0.02},
-}
+DEFAULTS = {"digits": {"layers": 3, "init_channels": 8, "epochs": 10, "batch_size": 128,
+                       "arch_learning_rate": 0.02}}         # ours; DARTS's for all other data sets
 
 
 # ---------------------------------------------------------------- derivation (section 2.2)
@@ -131,10 +128,8 @@ def make_optimizers(net, args):
     """(optimizer of w, optimizer of alpha, schedule of w): SGD or LARC, Adam, a cosine."""
     sgd = {"lr": args.learning_rate, "momentum": args.momentum, "weight_decay": args.weight_decay}
     if args.larc:
-        w_optimizer = LARC(net.weights, **sgd, trust_coefficient=args.larc_trust,
-                           clip=args.larc_clip)
-    else:
-        w_optimizer = torch.optim.SGD(net.weights, **sgd)
+        sgd |= {"trust_coefficient": args.larc_trust, "clip": args.larc_clip}
+    w_optimizer = (LARC if args.larc else torch.optim.SGD)(net.weights, **sgd)
     alpha_optimizer = torch.optim.Adam(net.alphas.values(), args.arch_learning_rate,
                                        betas=(0.5, 0.999), weight_decay=args.arch_weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(w_optimizer, args.epochs,
@@ -163,8 +158,8 @@ def search(args, run):
     for epoch in range(run.epoch, args.epochs):
         record = train_epoch(parts, epoch)                  # alpha, w, alpha, w, ... (Eq. 2)
         end_epoch(parts, run, record)                       # validate, log, save a checkpoint
-    seconds = sum(record["seconds"] for record in run.log)
-    finish(run, derive(parts.net.space, parts.net.betas()), seconds)
+    genotype = derive(parts.net.space, parts.net.betas())
+    finish(run, genotype, sum(record["seconds"] for record in run.log))
 
 
 def begin(parts, run):
@@ -173,8 +168,7 @@ def begin(parts, run):
     run.begin({name: getattr(parts, name) for name in names},
               {"classes": split.classes, "train_split": split.name})
     say(f"{parts.args.dataset}: {parts.w_batches.count} images for w, {parts.alpha_batches.count} "
-        f"for alpha; {sum(w.numel() for w in parts.net.weights):,} weights; "
-        f"{find_device(parts.args.device)}; {run.folder}")
+        f"for alpha; {sum(w.numel() for w in parts.net.weights):,} weights; {run.folder}")
 
 
 def first_order(parts, alpha_batch, w_batch):               # w_batch: for second order
@@ -264,30 +258,22 @@ def make_parser(program="search.py", description=__doc__):
     small = [f"with --dataset {name} the defaults are {flags}" for name, flags in DEFAULTS.items()]
     parser = Parser(program, description=description, epilog="\n".join(small))
     add = parser.add_argument_group("the paper's components (section 4)").add_argument
-    add("--node_norm", action="store_true",
-        help="normalize every intermediate node, Eq. 3 (section 4.1)")
+    add("--node_norm", action="store_true", help="normalize every node, Eq. 3 (section 4.1)")
     add("--larc", action="store_true", help="a learning rate for each tensor (section 4.2)")
-    add("--sqrt_beta", action="store_true",
-        help="weigh operations by the root of beta, Eq. 6 (section 4.3)")
-    add("--larc_trust", type=positive, default=1.0,
-        help="trust coefficient of --larc; section 4.2 has none")
+    add("--sqrt_beta", action="store_true", help="weigh by sqrt(beta), Eq. 6 (section 4.3)")
+    add("--larc_trust", type=positive, default=1.0, help="trust; section 4.2 has none")
     add("--larc_clip", action="store_true",
-        help="clip form of --larc, at most the global rate (with --larc_trust 0.02: the release)")
+        help="at most the global rate (with --larc_trust 0.02: the release)")
 
-    add = parser.add_argument_group(
-        "the search (defaults: DARTS, but for the weight decay)").add_argument
+    add = parser.add_argument_group("the search (defaults: DARTS)").add_argument
     add("--epochs", type=positive_int, default=50, help="number of epochs")
     add("--batch_size", type=number(int, 2), default=64,
         help="images in each step's two batches; the release: 96")
-    add("--learning_rate", type=non_negative, default=0.025,
-        help="SGD rate of the first epoch")
-    add("--learning_rate_min", type=non_negative, default=0.001,
-        help="SGD rate at the cosine's end")
+    add("--learning_rate", type=non_negative, default=0.025, help="SGD rate of the first epoch")
+    add("--learning_rate_min", type=non_negative, default=0.001, help="at the cosine's end")
     add("--momentum", type=fraction, default=0.9, help="SGD momentum")
-    add("--weight_decay", type=non_negative, default=5e-3,
-        help="section 3, DARTS-L2: 5e-3; DARTS: 3e-4")
-    add("--grad_clip", type=positive, default=5.0,
-        help="largest 2-norm of w's gradient")
+    add("--weight_decay", type=non_negative, default=5e-3, help="section 3; DARTS: 3e-4")
+    add("--grad_clip", type=positive, default=5.0, help="largest 2-norm of w's gradient")
     add("--arch_learning_rate", type=non_negative, default=3e-4, help="Adam rate of alpha")
     add("--arch_weight_decay", type=non_negative, default=1e-3, help="weight decay of alpha")
     add("--train_portion", type=fraction, default=0.5,
@@ -295,10 +281,8 @@ def make_parser(program="search.py", description=__doc__):
     add("--seed", type=natural, default=2, help="random seed")
 
     add = parser.add_argument_group("the network (defaults: DARTS)").add_argument
-    add("--space", default="darts", choices=SPACES,
-        help="section 5.1: darts; section 5.2: s1 to s4")
-    add("--init_channels", type=positive_int, default=16,
-        help="channels of the first cell")
+    add("--space", default="darts", choices=SPACES, help="section 5.1: darts; 5.2: s1 to s4")
+    add("--init_channels", type=positive_int, default=16, help="channels of the first cell")
     add("--layers", type=number(int, 3), default=8, help="number of cells")
     add("--stem_multiplier", type=positive_int, default=3,
         help="channels of the stem, in units of --init_channels; the release: 1")
@@ -307,21 +291,18 @@ def make_parser(program="search.py", description=__doc__):
     add_run_flags(parser)
     add = parser.add_argument
     add("--proxy", metavar="FILE", help="search on the images that proxy.py chose, in two halves")
-    add("--keep_nets", action="store_true",
-        help="keep the super-network of every epoch, for the figures")
+    add("--keep_nets", action="store_true", help="keep every epoch's network, for the figures")
     return parser
 
 
 def parse(arguments, parser=None):
     """The flags, checked against each other."""
-    parser = parser or make_parser()
-    args = parse_flags(parser, arguments, lambda args: DEFAULTS.get(args.dataset, {}))
+    args = parse_flags(parser or make_parser(), arguments,
+                       lambda args: DEFAULTS.get(args.dataset, {}))
     if args.proxy is not None and (args.limit, args.train_portion) != (None, 0.5):
-        raise SystemExit("--proxy says which images train w and alpha: leave out --limit and "
-                         "--train_portion")
+        raise SystemExit("--proxy chooses the images: leave out --limit and --train_portion")
     if args.learning_rate_min > args.learning_rate:
-        raise SystemExit(f"--learning_rate {args.learning_rate} is below --learning_rate_min "
-                         f"{args.learning_rate_min}")
+        raise SystemExit(f"--learning_rate is below --learning_rate_min {args.learning_rate_min}")
     if not args.larc and (args.larc_clip or args.larc_trust != 1):
         raise SystemExit("--larc_trust and --larc_clip change LARC: they need --larc")
     if args.sqrt_beta and not args.node_norm:

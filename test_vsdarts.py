@@ -1278,7 +1278,7 @@ search --epochs 0                                 -> --epochs: it must be from 1
 search --learning_rate nan                        -> from 0
 search --epoch 3                                  -> unrecognized arguments: --epoch
 search --larc_trust 0.1                           -> they need --larc
-search --learning_rate 0.0001                     -> is below --learning_rate_min
+search --learning_rate 0.0001                     -> is below --learning_rate_min 0.001
 search --proxy p --limit 9                        -> leave out --limit
 search --proxy nowhere --dataset digits           -> nowhere cannot be read
 search --resume nowhere                           -> nowhere/config.json cannot be read
