@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import re
 import sys
 import time
 from pathlib import Path
@@ -69,9 +68,9 @@ def parse_flags(parser, arguments, defaults):
     if args.resume is None:
         parser.set_defaults(**defaults(args))
         args = parser.parse_args(arguments)
-        program = re.split("[. ]", parser.prog.removesuffix(".py"))[-1]
+        program = parser.prog.removesuffix(".py").split()
         switches = [flag for flag, value in vars(args).items() if value is True]
-        name = "-".join([program, *switches, time.strftime("%m%d-%H%M%S")])
+        name = "-".join([*program, *switches, time.strftime("%m%d-%H%M%S")])
         args.out = args.out or f"runs/{name}"
         return args
     folder = Path(args.resume)
@@ -97,7 +96,7 @@ def add_run_flags(parser):
         help="continue a run; --data, --device and --workers may change")
 
 
-# ---------------------------------------------------------------- device and numbers
+# ---------------------------------------------------------------- device, numbers, processes
 
 def find_device(name):
     """The torch.device `name`, by default CUDA if there is any; under torchrun one's own GPU."""
@@ -133,8 +132,6 @@ def means(totals):
     loss, top1, top5, images = totals.tolist()              # waits for the device
     return loss / images, 100 * top1 / images, 100 * top5 / images, images
 
-
-# ---------------------------------------------------------------- several processes, by torchrun
 
 def share_buffers(net):
     """Gives all processes the first one's running statistics, which are tested and saved."""
