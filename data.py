@@ -46,7 +46,7 @@ DATASETS = {
 }
 FILES = {                                                   # what torchvision reads, under --data
     "cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz",
-    "svhn": "train_32x32.mat and test_32x32.mat",
+    "svhn": "train_32x32.mat and test_32x32.mat (which need `pip install scipy`)",
     "fashion_mnist": "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
 }
 
@@ -68,7 +68,8 @@ class Split(NamedTuple):
 
     images: uint8 (N, H, W, 3) in memory, or (N,), the numbers of images in `folder` on disk.
     labels: int64 (N,). classes: names. spec: of these images. name: the whole split's number of
-    images and checksum. device: where its batches are. workers: processes that read it from disk.
+    images and checksum, and that of what a proxy file chose. device: where its batches are.
+    workers: processes that read it from disk.
     """
     images: torch.Tensor
     labels: torch.Tensor
@@ -239,8 +240,8 @@ def read_proxy(args, split):
     """The halves that --proxy chose, for w and for alpha."""
     proxy = read_json(args.proxy)
     if proxy.get("split") != split.name:
-        raise SystemExit(f"{args.proxy} is about {proxy.get('split')}, not about the {split.name} "
-                         f"of --dataset {args.dataset} in {args.data}")
+        raise SystemExit(f"{args.proxy} chooses from {proxy.get('split', 'nothing')}, not from the "
+                         f"{split.name} of --dataset {args.dataset} in {args.data}")
     chosen = [proxy["w"], proxy["alpha"]]
     name = f"{split.name}; of them those chosen by {zlib.crc32(repr(chosen).encode()):08x}"
     return [split.take(torch.tensor(half))._replace(name=name) for half in chosen]

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 
 from model import OPS, Network, count_macs, count_parameters
-from run import Parser, natural, start
 
 
 class Genotype(NamedTuple):
@@ -241,8 +240,8 @@ def find_cells(text):
 
     Without a name it is called by its number. Without any of these, the whole text is one.
     """
-    start = r"(?:\b(\w+)\s*=\s*[\w.]*)?(?<!class )\bGenotype\s*(?=\()|\bgenotype\W{1,5}(?={)"
-    _, *parts = re.split(start, text)
+    pattern = r"(?:\b(\w+)\s*=\s*[\w.]*)?(?<!class )\bGenotype\s*(?=\()|\bgenotype\W{1,5}(?={)"
+    _, *parts = re.split(pattern, text)
     cells = []
     for name, part in zip(parts[::2], parts[1::2]):
         part = re.sub("#.*", "", part)
@@ -379,6 +378,7 @@ def print_cell(name, pt_darts):
 
 
 def main(arguments):
+    from run import Parser, natural                         # the rest needs model.py alone
     parser = Parser("genotypes.py", description=__doc__)
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("cell", nargs="?", help="the name of a published cell, a file, or a text")
@@ -399,4 +399,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    from run import start
     start(main)

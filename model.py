@@ -293,6 +293,8 @@ def count_macs(net, size):
     return counter.get_total_flops() // 2                   # one multiply-add is two FLOPs
 
 
+# ---------------------------------------------------------------- networks on a device
+
 def metrics(loss, logits, labels):
     """(loss, top-1 correct, top-5 correct, images), summed over a batch, on the device."""
     correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]   # (B, 5)

@@ -102,7 +102,7 @@ def ranked(args, device):
     classify, facts, file = (retrained if args.classifier else pretrained)(args, device)
     split = open_split(args, True, device, facts and facts["spec"], augmented=False)
     if facts:
-        check_facts(f"{file} and {args.data}", facts, {"classes": split.classes})
+        check_facts(file, facts, {"classes": split.classes})
     entropy = entropies(classify, make_batches(split, args.batch_size, train=False))
     edges, bins = histogram(entropy, BIN_WIDTHS.get(args.dataset, 0.5))
     counts = np.bincount(bins, minlength=len(edges) - 1)

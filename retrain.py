@@ -210,7 +210,8 @@ def evaluate_file(path, args):
     device = find_device(args.device)
     net, facts = load_network(path, device, args.amp)
     test = make_data(args, False, device, facts["spec"])
-    check_facts(f"{path} and {args.data}", facts, {"classes": test.split.classes})
+    check_facts(path, facts, {"classes": test.split.classes})
+    torch.manual_seed(args.seed)                            # for S4's noise
     loss, top1, top5, _ = means(evaluate(net, test.epoch(0)))
     top5 = f" (top-5 {100 - top5:.2f}%)" if len(facts["classes"]) > 5 else ""
     say(f"{path} on {args.dataset}: test error {100 - top1:.2f}%{top5}, loss {loss:.4f}")

@@ -62,7 +62,7 @@ def parse_flags(parser, arguments, defaults):
     """The flags; with --resume FOLDER those in its config.json, of which few may be changed.
 
     defaults(args): {flag: default} where it depends on other flags. By default a run's folder is
-    named after its program, the switches that are on, and the time: each run has its own.
+    named after its program, the switches that are on, time and process: each run has its own.
     """
     args = parser.parse_args(arguments)
     if args.resume is None:
@@ -70,7 +70,7 @@ def parse_flags(parser, arguments, defaults):
         args = parser.parse_args(arguments)
         program = parser.prog.removesuffix(".py").split()
         switches = [flag for flag, value in vars(args).items() if value is True]
-        name = "-".join([*program, *switches, time.strftime("%m%d-%H%M%S")])
+        name = "-".join([*program, *switches, time.strftime("%m%d-%H%M%S"), str(os.getpid())])
         args.out = args.out or f"runs/{name}"
         return args
     folder = Path(args.resume)
@@ -80,7 +80,7 @@ def parse_flags(parser, arguments, defaults):
     args = parser.parse_args(arguments, argparse.Namespace(**now))
     for flag, value in vars(args).items():
         was = saved.get(flag, "unknown")
-        if flag not in ("data", "device", "workers") and value != was:
+        if flag not in ("data", "device", "proxy", "workers") and value != was:
             raise SystemExit(f"{folder} is a run with {flag} {was}, not {value}: resume it as it "
                              f"was, or start a new one")
     return args
@@ -93,7 +93,7 @@ def add_run_flags(parser):
     add("--workers", type=natural, default=4, help="processes that read ImageNet")
     add("--out", help="run folder (default: a new one in runs/)")
     add("--resume", metavar="FOLDER",
-        help="continue a run; --data, --device and --workers may change")
+        help="continue a run; --data, --proxy, --device and --workers may change")
 
 
 # ---------------------------------------------------------------- device, numbers, processes
@@ -286,10 +286,11 @@ def check_facts(path, saved, facts):
     """SystemExit if the images of `path` are not those that there are now: its facts differ."""
     for name, now in facts.items():
         was = saved[name]
+        if was != now and name == "classes":
+            names = ", ".join(sorted({*was} ^ {*now})) or "in their order"
+            raise SystemExit(f"{path}: the classes differ ({names:.80})")
         if was != now:
-            if name == "classes":                           # only those that are not in both
-                was, now = sorted({*was} - {*now})[:3], sorted({*now} - {*was})[:3]
-            raise SystemExit(f"{path} has the {name} {was}, not {now}")
+            raise SystemExit(f"{path}: the {name} was {was}, and is {now}")
 
 
 def start(main):

@@ -81,9 +81,8 @@ def weight_step(net, optimizer, images, labels, grad_clip):
 
 
 def average_gradients(net):
-    """Under torchrun every gradient, once made, becomes its mean over all processes.
-
-    DistributedDataParallel does so for one fixed set of parameters; a search has two, in turn.
+    """Under torchrun every gradient, once made, becomes its mean over all processes: an all-reduce
+    for each. (DistributedDataParallel has one fixed set of parameters; a search has two, in turn.)
     """
     def average(p):
         dist.all_reduce(p.grad)
@@ -261,11 +260,11 @@ def make_parser(program="search.py", description=__doc__):
     add("--node_norm", action="store_true", help="normalize every node, Eq. 3 (section 4.1)")
     add("--larc", action="store_true", help="a learning rate for each tensor (section 4.2)")
     add("--sqrt_beta", action="store_true", help="weigh by sqrt(beta), Eq. 6 (section 4.3)")
-    add("--larc_trust", type=positive, default=1.0, help="trust; section 4.2 has none")
+    add("--larc_trust", type=positive, default=1.0, help="trust coefficient, t in larc.py")
     add("--larc_clip", action="store_true",
-        help="at most the global rate (with --larc_trust 0.02: the release)")
+        help="clip form of --larc, at most the global rate; the release, with --larc_trust 0.02")
 
-    add = parser.add_argument_group("the search (defaults: DARTS)").add_argument
+    add = parser.add_argument_group("the search (defaults: DARTS, but weight decay)").add_argument
     add("--epochs", type=positive_int, default=50, help="number of epochs")
     add("--batch_size", type=number(int, 2), default=64,
         help="images in each step's two batches; the release: 96")

@@ -1250,8 +1250,10 @@ def test_sigint_is_blocked_in_workers_alone(monkeypatch):
 
 def test_by_default_every_run_has_a_folder_of_its_own(monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda form: "now")
-    assert search.parse(["--larc", "--node_norm"]).out == "runs/search-node_norm-larc-now"
-    assert retrain.parse(["--genotype=GDAS"]).out == "runs/retrain-now"
+    first = search.parse(["--larc", "--node_norm"]).out
+    assert first == f"runs/search-node_norm-larc-now-{os.getpid()}"
+    monkeypatch.setattr(os, "getpid", lambda: 0)            # another process in the same second
+    assert search.parse(["--larc", "--node_norm"]).out == "runs/search-node_norm-larc-now-0"
 
 
 # ---------------------------------------------------------------- what is refused
@@ -1361,8 +1363,8 @@ both_kinds = pytest.mark.parametrize("dataset", ["folder", "imagenet"])
 rm -r images/val                                    -> images/val/CLASS/IMAGE is needed
 cd images/val; mv dark/* .; rm -r dark light        -> images/val/CLASS/IMAGE is needed
 cd images/val; rm -r dark; mv light .light          -> images/val/CLASS/IMAGE is needed
-rm -r images/val/dark                               -> has the classes ['dark'], not []
-mv images/val/dark images/val/night                 -> has the classes ['dark'], not ['night']
+rm -r images/val/dark                               -> the classes differ (dark)
+mv images/val/dark images/val/night                 -> the classes differ (dark, night)
 echo no picture > images/val/dark/1.png             -> val/dark/1.png cannot be read
 """))
 def test_a_tree_of_images_that_cannot_be_read_is_refused(capsys, dataset, change, said):
@@ -1373,10 +1375,10 @@ def test_a_tree_of_images_that_cannot_be_read_is_refused(capsys, dataset, change
 
 @both_kinds
 @pytest.mark.parametrize("change, said", rows("""
-rm others/train/dark/1.png                          -> has the train_split
-mv others/val/dark/1.png others/val/light/9.png     -> has the test_split
-cp others/val/dark/1.png others/val/dark/2.png      -> has the test_split
-cp -r others/train/dark others/train/night; cp -r others/val/dark others/val/night -> ['night']
+rm others/train/dark/1.png                          -> the train_split was
+mv others/val/dark/1.png others/val/light/9.png     -> the test_split was
+cp others/val/dark/1.png others/val/dark/2.png      -> the test_split was
+cp -r others/train/dark others/train/night; cp -r others/val/dark others/val/night -> (night)
 """))
 def test_a_run_does_not_go_on_with_other_images(dataset, change, said):
     make_folder("images", (8, 8))
@@ -1546,10 +1548,13 @@ def test_a_search_sees_the_two_halves_of_the_same_images(made):
     assert torch.equal(w.split.images, split.images[held["w"]])
     assert torch.equal(alpha.split.images, split.images[held["alpha"]])
     stop_after(1, search.main, [*flags, "--epochs=2", "--out=run"])
-    Path("p").write_text(json.dumps({**held, "w": held["alpha"], "alpha": held["w"]}))
-    assert "has the train_split" in refusal(search.main, ["--resume=run"])
+    Path("p").rename("q")
+    search.main(["--resume=run", "--proxy=q"])
+    Path("run/genotype.json").unlink()
+    Path("q").write_text(json.dumps({**held, "w": held["alpha"], "alpha": held["w"]}))
+    assert "the train_split was" in refusal(search.main, ["--resume=run", "--proxy=q"])
     Path("p").write_text(json.dumps({**held, "split": "1437 images of other classes"}))
-    assert "is about 1437 images of other classes" in refusal(search.main, flags)
+    assert "chooses from 1437 images of other classes" in refusal(search.main, flags)
 
 
 def test_an_imagenet_search_is_the_same_with_any_number_of_workers(whole):

@@ -203,6 +203,8 @@ def parse(arguments):
     args = search.parse(arguments, parser)
     if args.space != "nasbench201" or args.stem_multiplier != 3:
         raise SystemExit("--space and --stem_multiplier belong to search.py: leave them out")
+    if (args.image_size or 0) % 4:
+        raise SystemExit(f"--image_size {args.image_size} is not a multiple of 4: stages halve it")
     if args.layers % 3:
         raise SystemExit(f"--layers {args.layers} is not a multiple of 3: the stages are three")
     return args

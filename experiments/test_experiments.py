@@ -660,7 +660,7 @@ def test_perturbation_decides_on_the_images_of_its_search_only(kept, monkeypatch
     images, labels, classes = data.load_digits(True)
     monkeypatch.setattr(data, "load_digits", lambda train: (255 - images, labels, classes))
     said = refusal(baselines.main, ["perturbation", str(kept / "five"), "--out=run"])
-    assert "five/checkpoint.pt has the train_split 128 images" in said
+    assert "five/checkpoint.pt: the train_split was 128 images" in said
 
 
 @pytest.mark.parametrize("method, flags, epochs", [

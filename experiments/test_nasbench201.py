@@ -47,7 +47,8 @@ def test_a_cell_has_its_published_accuracies_and_its_rank(capsys, cell, accuraci
     ("--cell", "|max_pool_3x3~0|+|none~0|none~1|", "'max_pool_3x3' is none of none, "),
     ("--cell", "|none~1|+|none~0|none~1|+|none~0|none~1|none~2|", "a cell is |op~0|+|op~0|"),
     ("--space", "s1", "--space and --stem_multiplier belong to search.py"),
-    ("--layers", "4", "--layers 4 is not a multiple of 3")])
+    ("--layers", "4", "--layers 4 is not a multiple of 3"),
+    ("--image_size", "10", "--image_size 10 is not a multiple of 4")])
 def test_what_is_not_of_nasbench201_is_refused_in_one_line(flag, value, said):
     assert said in refusal(nasbench201.main, [flag, value, "--out=new"])
 
