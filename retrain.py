@@ -127,8 +127,6 @@ def train(genotype, args, run, read=read_data):
 
     read(args, device): the Batches to train and to test on.
     """
-    if RANK == 0:                                           # at once: --genotype may be moved
-        write(run.folder / "genotype.json", to_json(genotype))
     device = find_device(args.device)
     batches, test = read(args, device)
     classes, spec = test.split.classes, test.split.spec
@@ -141,6 +139,8 @@ def train(genotype, args, run, read=read_data):
     facts = {"classes": classes, "spec": list(spec),
              "train_split": batches.split.name, "test_split": test.split.name}
     run.begin({"net": net, "optimizer": optimizer, "scheduler": scheduler}, facts)
+    if RANK == 0:                                           # --genotype may be moved
+        write(run.folder / "genotype.json", to_json(genotype))
     say(f"{args.genotype} on {args.dataset}: {counts['parameters']:,} parameters, "
         f"{counts['macs']:,} multiply-adds; {WORLD} x {device.type}; seed {args.seed}; "
         f"{run.folder}")

@@ -217,8 +217,6 @@ class Run:
     def __init__(self, args, result):
         self.args, self.epoch, self.log, self.folder = args, 0, [], Path(args.out)
         self.result, self.checkpoint = self.folder / result, self.folder / "checkpoint.pt"
-        if RANK == 0:
-            self.take(self.folder / "config.json")
 
     def take(self, config):
         """Locks and writes config.json. SystemExit if the folder is not free or not writable."""
@@ -246,12 +244,14 @@ class Run:
             self.lock.flush()
 
     def begin(self, parts, facts):
-        """Loads the checkpoint, if there is one.
+        """Makes the folder, now that all is read; loads the checkpoint, if there is one.
 
         parts: {name: what has a state_dict}. facts: plain values that a resumed run must share,
         such as the names of the classes.
         """
         self.parts, self.facts = parts, facts
+        if RANK == 0:
+            self.take(self.folder / "config.json")
         if self.args.resume is not None and self.checkpoint.exists():
             self.load()
 

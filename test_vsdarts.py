@@ -1142,11 +1142,18 @@ def test_a_lost_log_is_in_the_checkpoint(whole):
 def test_a_folder_has_one_program_at_a_time():
     started = search.parse([*TINY, "--out=run"])
     first = run.Run(started, "genotype.json")
+    first.begin({}, {})
     for args in (started, search.parse(["--resume=run"])):
-        assert "in use by a running program" in refusal(run.Run, args, "genotype.json")
+        second = run.Run(args, "genotype.json")
+        assert "in use by a running program" in refusal(second.begin, {}, {})
     assert json.loads(Path("run/config.json").read_text()) == vars(started)
     del first                                               # as if its program had died
-    run.Run(started, "genotype.json")
+    run.Run(started, "genotype.json").begin({}, {})
+
+
+def test_a_start_that_fails_leaves_no_folder():
+    assert "too few" in refusal(search.main, [*TINY, "--train_portion=0.001", "--out=run"])
+    assert not Path("run").exists()
 
 
 def test_files_are_never_half_written(monkeypatch):
