@@ -950,9 +950,9 @@ def test_defaults_of_the_search_are_darts_but_for_digits():
             "weight_decay grad_clip arch_weight_decay"))
     darts = [50, 8, 16, 3e-4, 64, 0.025, 0.9, 5e-3, 5, 1e-3]
     assert some() == some("--dataset=imagenet") == some("--dataset=folder") == darts
-    assert some("--dataset=digits") == [10, 3, 8, 0.02, 128, *darts[5:]]
+    assert some("--dataset=digits") == [6, 3, 8, 0.03, 128, *darts[5:]]
     given = "--dataset=digits", "--layers=8", "--epochs=7"  # 8: DARTS's default, by hand
-    assert some(*given) == [7, 8, 8, 0.02, 128, *darts[5:]]
+    assert some(*given) == [7, 8, 8, 0.03, 128, *darts[5:]]
 
 
 def rates(*flags):

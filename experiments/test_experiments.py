@@ -575,6 +575,7 @@ def test_brief_training_sees_the_training_split_only(monkeypatch):
         assert (train.split, train.train, train.cutout) == (halves[0], True, 4)
         assert (test.split, test.train) == (halves[1], False)
         assert (flags.epochs, flags.layers, flags.init_channels, flags.amp) == (100, 8, 16, True)
+        run.begin({}, {})
         write(run.result, '{"test_error": 12}')
     args = baselines.parse(small("--image_size=16", "--amp"), "r_darts")
     halves = search.read_halves(args, torch.device("cpu"))
