@@ -5,7 +5,10 @@ DARTS (CIFAR-10) and RobustDARTS (CIFAR-100, SVHN). `digits` is in this reposito
 reads the others, and downloads what is missing. ImageNet streams from disk by worker processes.
 """
 import functools
+import hashlib
 import signal
+import sys
+import time
 import unicodedata
 import zlib
 from pathlib import Path
@@ -20,8 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from run import (LOCAL_RANK, RANK, WORLD, check_facts, make_seed, number, progress, read_json,
-                 reason, say)
+from run import LOCAL_RANK, RANK, WORLD, check_facts, number, read_json, reason, say
 
 
 class Spec(NamedTuple):
@@ -32,17 +34,16 @@ class Spec(NamedTuple):
     flip: bool = True
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR10_MEAN = (0.49139968, 0.48215827, 0.44653124)
-CIFAR10_STD = (0.24703233, 0.24348505, 0.26158768)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DATASETS = {
-    "cifar10": Spec(32, CIFAR10_MEAN, CIFAR10_STD),                             # DARTS
+    "cifar10": Spec(32, (0.49139968, 0.48215827, 0.44653124),
+                    (0.24703233, 0.24348505, 0.26158768)),                      # DARTS
     "cifar100": Spec(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),   # RobustDARTS
     "svhn": Spec(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),       # RobustDARTS
     "fashion_mnist": Spec(28, (0.2860,) * 3, (0.3530,) * 3),                    # its training split
     "digits": Spec(8, (0.3054,) * 3, (0.3753,) * 3, flip=False),                # its training split
-    "folder": Spec(32, IMAGENET_MEAN, IMAGENET_STD),
-    "imagenet": Spec(224, IMAGENET_MEAN, IMAGENET_STD),
+    "folder": Spec(32, *IMAGENET),
+    "imagenet": Spec(224, *IMAGENET),
 }
 FILES = {                                                   # what torchvision reads, under --data
     "cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz",
@@ -86,19 +87,19 @@ class Split(NamedTuple):
 
 # ---------------------------------------------------------------- reading
 
-def open_split(args, train, device, spec=None, augmented=None):
+def open_split(args, train, device, spec=None, augmented=True):
     """The train or test split of --data, in memory or, of ImageNet, on disk.
 
     spec: what a trained network was trained with, by default that of the data set at --image_size.
-    augmented: on disk, whether images come as DARTS trains or as it tests on them (default: train).
+    augmented: on disk, whether training images come as DARTS trains or as it tests on them.
     SystemExit if images are missing or damaged.
     """
     default = DATASETS[args.dataset]
     spec = spec or default._replace(size=args.image_size or default.size)
     limit = args.limit if train else None
     if args.dataset == "imagenet":
-        return open_imagenet(args, train, device, spec, train if augmented is None else augmented)
-    if WORLD > 1 and LOCAL_RANK > 0:                        # one process of each machine reads
+        return open_imagenet(args, train, device, spec, train and augmented)
+    if LOCAL_RANK > 0:                                      # one process of each machine reads
         dist.barrier()                                      # first, as it may download
     images, labels, classes = load(args.dataset, args.data, train, spec.size, limit)
     if WORLD > 1 and LOCAL_RANK == 0:
@@ -120,8 +121,8 @@ def load(name, root, train, size, limit=None):
     labels = torch.as_tensor(labels[:limit]).long()
     if images.dim() == 3:                                   # grey: three equal channels
         images = images[..., None].expand(-1, -1, -1, 3)
-    if images.shape[1] != size:                             # in parts: floats take four times
-        images = torch.cat([resize(part, size) for part in images.split(1000)])     # the memory
+    if images.shape[1] != size:
+        images = resize(images, size)
     return images.contiguous(), labels, [*map(str, classes)]
 
 
@@ -155,14 +156,14 @@ def load_torchvision(name, root, train):
 
 # ---------------------------------------------------------------- folders of images
 
-class ImageError(Exception):
+class ImageError(OSError):
     """An image that cannot be read, in one line."""
 
 
 class ImageFolder(datasets.ImageFolder):
     """torchvision's, of root/train or root/val. It says what it found and what it cannot read."""
 
-    def __init__(self, root, train, transform):
+    def __init__(self, root, train, transform=None):
         folder, self.left_out = root / ("train" if train else "val"), 0
         try:
             super().__init__(folder, transform, loader=read_image, is_valid_file=self.is_image)
@@ -171,8 +172,8 @@ class ImageFolder(datasets.ImageFolder):
         if not train and (root / "train").is_dir():
             classes = {"classes": self.find_classes(root / "train")[0]}
             check_facts(f"{root}/train", classes, {"classes": self.classes})
-        left_out = f", {self.left_out} other files left out" if self.left_out else ""
-        say(f"{folder}: {len(self.classes)} classes, {len(self)} images{left_out}")
+        say(f"{folder}: {len(self.classes)} classes, {len(self)} images, {self.left_out} other "
+            f"files left out")
 
     def find_classes(self, folder):
         """Names and numbers of classes, in one form: copies from macOS have accents apart."""
@@ -188,34 +189,28 @@ class ImageFolder(datasets.ImageFolder):
 
 
 def read_image(path):
-    """An RGB image. Raises ImageError, with its name, if it is not one image of eight bits."""
+    """An RGB image. Raises ImageError, with its name, if it is no image of eight bits."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"pixels of mode {image.mode}, which do not fit in eight bits")
-            if image.format == "TIFF" and image.n_frames > 1:
-                raise ValueError(f"it has {image.n_frames} pages")
             return image.convert("RGB")
     except Exception as error:                              # PIL fails in many ways
         raise ImageError(f"{path} cannot be read ({reason(error)})") from None
 
 
-def shuffled(count, limit=None):
+def shuffled(count, limit):
     """The first `limit` of a fixed order: files come sorted by class, and every part needs all."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
 
 
 def load_folder(root, train, size, limit):
-    def to_tensor(image):
-        return resize(torch.as_tensor(np.array(image))[None], size)[0]
-    folder = ImageFolder(root, train, to_tensor)
+    folder = ImageFolder(root, train)
     order = shuffled(len(folder), limit)
     images = torch.empty(len(order), size, size, 3, dtype=torch.uint8)
-    for k, index in enumerate(progress(order.tolist(), "reading images", len(order))):
-        try:
-            images[k] = folder[index][0]
-        except ImageError as error:
-            raise SystemExit(str(error)) from None
+    for k, index in enumerate(progress(order, "reading images", len(order))):
+        image = torch.as_tensor(np.array(folder[index][0]))
+        images[k] = resize(image[None], size)[0]
     return images, torch.tensor(folder.targets)[order], folder.classes
 
 
@@ -250,36 +245,26 @@ def read_proxy(args, split):
 # ---------------------------------------------------------------- augmentation
 
 def augment(images, uniform, spec, cutout=0):
-    """Augmented, normalized copies of uint8 images (B, H, W, 3): float (B, 3, H, W).
+    """Augmented, normalized copies of uint8 images (B, S, S, 3): float (B, 3, S, S).
 
     uniform: (B, 5) numbers in [0, 1), each image's own. In order: crop from the image padded by an
     eighth of its side (4 pixels for 32, as in DARTS), flip, normalize, cut out a square of `cutout`
     pixels.
     """
-    B, H, W, _ = images.shape
-    pad = (H + 4) // 8
-    dy, dx = (uniform[:, :2] * (2 * pad + 1)).long().unbind(1)
-    rows = dy[:, None] + torch.arange(H, device=images.device)                  # (B, H)
-    across = torch.arange(W, device=images.device).expand(B, W)
+    B, S = images.shape[:2]
+    pad, pixels = (S + 4) // 8, torch.arange(S, device=images.device)
+    start = (uniform[:, :2] * (2 * pad + 1)).long()
+    rows, columns = (start[:, :, None] + pixels).unbind(1)                      # (B, S) each
     if spec.flip:
-        across = torch.where(uniform[:, 2:3] < 0.5, across.flip(1), across)
-    columns = dx[:, None] + across                                              # (B, W)
+        columns = torch.where(uniform[:, 2:3] < 0.5, columns.flip(1), columns)
     padded = F.pad(images, (0, 0) + (pad,) * 4)
     batch = torch.arange(B, device=images.device)[:, None, None]
-    crop = normalize(padded[batch, rows[:, :, None], columns[:, None, :]], spec)
+    crop = normalize(padded[batch, rows[:, :, None], columns[:, None]], spec)
     if cutout:
-        crop = crop.masked_fill(cutout_mask(uniform[:, 3:], H, W, cutout), 0)
+        near = pixels - (uniform[:, 3:] * S).long()[:, :, None] + cutout // 2   # (B, 2, S)
+        rows, columns = ((near >= 0) & (near < cutout)).unbind(1)
+        crop = crop.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
     return crop
-
-
-def cutout_mask(uniform, H, W, side):
-    """bool (B, 1, H, W): true in a square around a random pixel, as far as it lies in the image."""
-    def near(uniform, length):                              # (B, length)
-        center = (uniform * length).long()[:, None]
-        offset = torch.arange(length, device=uniform.device) - center + side // 2
-        return (offset >= 0) & (offset < side)
-    rows, columns = near(uniform[:, 0], H), near(uniform[:, 1], W)
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 @functools.cache
@@ -294,6 +279,11 @@ def normalize(images, spec):
 
 
 # ---------------------------------------------------------------- batches
+
+def make_seed(*parts):
+    """A seed from numbers and words, such as (seed, "epoch", 3). Other parts give other seeds."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+
 
 def share(order, batch_size):
     """Of an order of images, this process's part of every batch, as index tensors.
@@ -328,32 +318,30 @@ class Batches:
         if self.train:
             return share(order, self.batch_size)
         part = order[RANK::WORLD]
-        return part.split(max(1, self.batch_size // WORLD)) if len(part) else ()
+        return part.split(self.batch_size // WORLD) if len(part) else ()
 
     def draw(self, epoch):
         """(order of the images, generator) of an epoch."""
         generator = torch.Generator().manual_seed(make_seed(self.seed, "epoch", epoch))
-        if self.train:
-            return torch.randperm(self.count, generator=generator), generator
-        return torch.arange(self.count), generator
+        order = torch.randperm(self.count, generator=generator)
+        return order if self.train else torch.arange(self.count), generator
 
-    def epoch(self, epoch, skip=0):
-        """The batches of an epoch, without the first `skip`. The loop never waits for a GPU."""
+    def epoch(self, epoch):
+        """The batches of an epoch. The loop never waits for a GPU."""
         images, labels, spec = self.split.images, self.split.labels, self.split.spec
         order, generator = self.draw(epoch)
         uniform = torch.rand(self.count, 5, generator=generator).to(labels.device)  # of each image
-        for batch in self.indices(order.to(labels.device))[skip:]:
+        for batch in self.indices(order.to(labels.device)):
             if self.train:
                 yield augment(images[batch], uniform[batch], spec, self.cutout), labels[batch]
             else:
                 yield normalize(images[batch], spec), labels[batch]
 
-    def stream(self, start):
-        """Batches from number `start` on, epoch after epoch without end."""
-        epoch, skip = divmod(start, self.steps)
+    def stream(self, epoch):
+        """The batches of an epoch, and then, in other orders, more without end."""
         while True:
-            yield from self.epoch(epoch, skip)
-            epoch, skip = epoch + 1, 0
+            yield from self.epoch(epoch)
+            epoch = epoch, "again"
 
 
 class DiskBatches(Batches):
@@ -366,10 +354,9 @@ class DiskBatches(Batches):
             torch.default_generator.manual_seed(make_seed(self.seed, "image", epoch, index))
             return self.split.folder[self.split.images[index].item()]
 
-    def epoch(self, epoch, skip=0):
+    def epoch(self, epoch):
         order, generator = self.draw(epoch)
-        indices = self.indices(order)[skip:]
-        keys = ([(epoch, index) for index in batch.tolist()] for batch in indices)
+        keys = ([(epoch, index) for index in batch.tolist()] for batch in self.indices(order))
         device = self.split.device
         loader = DataLoader(self, batch_sampler=keys, num_workers=self.split.workers,
                             generator=generator, pin_memory=device.type == "cuda")
@@ -386,9 +373,7 @@ def read(loader):
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield from batches
-    except (ImageError, RuntimeError) as error:
-        if not isinstance(error, ImageError) and "DataLoader worker" not in str(error):
-            raise                                           # of the device
+    except ImageError as error:                             # after a worker's traceback
         line = str(error).strip().splitlines()[-1]
         raise SystemExit(line.removeprefix("data.ImageError: ")) from None
 
@@ -396,3 +381,21 @@ def read(loader):
 def make_batches(split, *given, **options):
     """The Batches of a split, in memory or on disk."""
     return (DiskBatches if split.folder else Batches)(split, *given, **options)
+
+
+def progress(items, what, total, images=0):
+    """Yields the items, and says on stderr how many are done, and how long the rest will take.
+
+    Every ten seconds on a terminal, every minute in a file. images: in an item, for their rate.
+    """
+    pause = 10 if sys.stderr.isatty() else 60
+    first = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done == 1:
+            first = now                                     # the first item takes longer: left out
+        elif done > 1 and now - said > pause:
+            said, each = now, (now - first) / (done - 1)    # seconds an item
+            speed = f", {images / each:.0f} images/s" if images else ""
+            say(f"{what}: {done} of {total}, {each * (total - done):.0f} s left{speed}", sys.stderr)
+        yield item

@@ -89,14 +89,8 @@ def random_genotype(seed):
 
 # ---------------------------------------------------------------- published cells
 
-class Published(NamedTuple):
-    """A cell, and where it is published. Its figures are in experiments/tables.py."""
-    genotype: Genotype
-    source: str
-
-
 # Name and source, then the normal and the reduction cell: the inputs of each node from 2 on, and
-# after ";" the nodes of the output, if they are not 2 3 4 5.
+# after ";" the nodes of the output, if they are not 2 3 4 5. Their errors: experiments/tables.py.
 CELLS = """\
 NASNet_A: quark0/darts f276dd3, cnn/genotypes.py
 sep5 1, sep3 0 | sep5 0, sep3 0 | avg 1, skip 0 | avg 0, avg 0 | sep3 1, skip 1; 2 3 4 5 6
@@ -180,19 +174,18 @@ max 0, sep5 1 | sep3 2, sep3 0 | dil5 1, dil5 3 | dil5 4, sep5 0
 """
 
 
-def published(lines):
-    """(name, Published) of three lines of CELLS."""
-    def cell(line):
-        line, _, concat = line.partition(";")
-        nodes = [re.findall(r"(\w+) (\d)", node) for node in line.split("|")]
-        nodes = tuple(tuple((SHORT[word], int(i)) for word, i in node) for node in nodes)
-        return nodes, tuple(map(int, (concat or "2 3 4 5").split()))
-    title, normal, reduce = lines.splitlines()
-    name, source = title.split(": ")
-    return name, Published(Genotype(*cell(normal), *cell(reduce)), source)
+def read_line(line):
+    """(nodes, concat) of a line of CELLS."""
+    line, _, concat = line.partition(";")
+    nodes = [re.findall(r"(\w+) (\d)", node) for node in line.split("|")]
+    nodes = tuple(tuple((SHORT[word], int(i)) for word, i in node) for node in nodes)
+    return nodes, tuple(map(int, (concat or "2 3 4 5").split()))
 
 
-PUBLISHED = dict(map(published, CELLS.strip().split("\n\n")))
+PUBLISHED, SOURCES = {}, {}                                 # {name: Genotype}, {name: source}
+for title, normal, reduce in map(str.splitlines, CELLS.split("\n\n")):
+    name, SOURCES[name] = title.split(": ")
+    PUBLISHED[name] = Genotype(*read_line(normal), *read_line(reduce))
 
 
 # ---------------------------------------------------------------- reading
@@ -204,7 +197,7 @@ def load_genotype(name):
     """
     name = str(name)
     if name in PUBLISHED:
-        return PUBLISHED[name].genotype
+        return PUBLISHED[name]
     file, wanted = (name, None) if os.path.exists(name) else name.rpartition(":")[::2]
     try:
         if "," in name and not os.path.exists(file):
@@ -363,7 +356,7 @@ def print_cell(name, pt_darts):
     genotype = load_genotype(name)
     print(name)
     if name in PUBLISHED:
-        print(f"  source: {PUBLISHED[name].source}")
+        print(f"  source: {SOURCES[name]}")
     print(describe(genotype))
     for form, C, size in ("CIFAR-10, 20", 36, 32), ("ImageNet, 14", 48, 224):
         net = network(genotype, C, imagenet=size == 224)
@@ -380,9 +373,8 @@ def print_cell(name, pt_darts):
 def main(arguments):
     from run import Parser, natural                         # the rest needs model.py alone
     parser = Parser("genotypes.py", description=__doc__)
-    one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument("cell", nargs="?", help="the name of a published cell, a file, or a text")
-    one_of.add_argument("--random", type=natural, metavar="SEED", help="print a random cell")
+    parser.add_argument("cell", nargs="?", help="the name of a published cell, a file, or a text")
+    parser.add_argument("--random", type=natural, metavar="SEED", help="print a random cell")
     parser.add_argument("--pt_darts", action="store_true", help="print pt.darts's notation, too")
     args = parser.parse_args(arguments)
     if args.cell is not None:
@@ -393,8 +385,8 @@ def main(arguments):
     elif args.random is not None:
         print(to_json(random_genotype(args.random)))
     else:
-        for name, cell in PUBLISHED.items():
-            print(f"{name:<22} {cell.source}")
+        for name, source in SOURCES.items():
+            print(f"{name:<22} {source}")
         print("`python genotypes.py NAME` shows one of them.")
 
 

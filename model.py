@@ -4,8 +4,10 @@ Sections 2.2 (Eq. 1), 4.1 (Eq. 3) and 4.3 (Eq. 6). Whatever the paper leaves to 
 quark0/darts, cnn/{operations,model_search,model}.py at commit f276dd3. Needs only torch.
 """
 import contextlib
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -68,11 +70,12 @@ class SearchCell(nn.Module):
         self.make_edges(edges, C, reduction, node_norm)
 
     def make_edges(self, edges, C, reduction, node_norm):
-        self.edges, self.normalize = nn.ModuleDict(), nn.ModuleList()
-        for (i, j), primitives in edges.items():
-            self.edges[f"{i}-{j}"] = MixedOp(C, 2 if reduction and i < 2 else 1, primitives)
-        for node in {j for _, j in edges}:
-            self.normalize.append(nn.BatchNorm2d(C, affine=False) if node_norm else nn.Identity())
+        self.edges = nn.ModuleDict({
+            f"{i}-{j}": MixedOp(C, 2 if reduction and i < 2 else 1, primitives)
+            for (i, j), primitives in edges.items()})
+        self.normalize = nn.ModuleList(
+            nn.BatchNorm2d(C, affine=False) if node_norm else nn.Identity()
+            for node in {j for _, j in edges})
 
     def forward(self, s0, s1, beta):
         """s0, s1: outputs of the two cells before. beta: (edges, operations), in the edges' order.
@@ -150,10 +153,9 @@ class SuperNet(nn.Module):
 
 def make_alphas(space):
     """{cell type: (edges, operations)}, (14, 8) in DARTS's space, near 0 as in DARTS."""
-    shapes = {cell_type: (len(edges), len(next(iter(edges.values()))))
-              for cell_type, edges in space.items()}
-    return nn.ParameterDict({cell_type: 1e-3 * torch.randn(shape)
-                             for cell_type, shape in shapes.items()})
+    return nn.ParameterDict({
+        cell_type: 1e-3 * torch.randn(len(edges), len(next(iter(edges.values()))))
+        for cell_type, edges in space.items()})
 
 
 def reductions(layers):
@@ -206,7 +208,7 @@ class AuxiliaryHead(nn.Module):
     def __init__(self, C, num_classes, imagenet):
         super().__init__()
         self.features = nn.Sequential(
-            nn.ReLU(), nn.AvgPool2d(5, stride=2 if imagenet else 3, count_include_pad=False),
+            nn.ReLU(), nn.AvgPool2d(5, stride=2 if imagenet else 3),
             nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
             nn.Conv2d(128, 768, 2, bias=False), nn.Identity() if imagenet else nn.BatchNorm2d(768),
             nn.ReLU(inplace=True))
@@ -231,16 +233,15 @@ class Network(nn.Module):
         C_prev_prev = C_prev = C if imagenet else 3 * C
         self.stem0, self.stem1 = make_stems(C_prev, imagenet)
         self.cells, reduction_prev = nn.ModuleList(), imagenet
-        self.auxiliary_layer, self.auxiliary_head = 2 * layers // 3, None
+        self.auxiliary_layer = 2 * layers // 3 if auxiliary else None
         for layer in range(layers):
             reduction = layer in reductions(layers)
             C = 2 * C if reduction else C
-            nodes = genotype.reduce if reduction else genotype.normal
-            concat = genotype.reduce_concat if reduction else genotype.normal_concat
+            nodes, concat = genotype[2:4] if reduction else genotype[:2]
             self.cells.append(Cell(nodes, concat, C_prev_prev, C_prev, C, reduction,
                                    reduction_prev))
             C_prev_prev, C_prev, reduction_prev = C_prev, C * len(concat), reduction
-            if auxiliary and layer == self.auxiliary_layer:
+            if layer == self.auxiliary_layer:
                 self.auxiliary_head = AuxiliaryHead(C_prev, num_classes, imagenet)
         self.classifier = nn.Linear(C_prev, num_classes)
 
@@ -255,7 +256,7 @@ class Network(nn.Module):
         s1, logits_aux = self.stem1(s0), None
         for layer, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
-            if self.training and self.auxiliary_head is not None and layer == self.auxiliary_layer:
+            if self.training and layer == self.auxiliary_layer:
                 logits_aux = self.auxiliary_head(s1)
         return s1.mean((2, 3)), logits_aux
 
@@ -302,16 +303,30 @@ def metrics(loss, logits, labels):
     return torch.stack([loss.detach() * images, correct[:, 0].sum(), correct.sum(), images])
 
 
+def means(totals):
+    """Mean loss, top-1 and top-5 accuracy in percent, images, of all processes' summed metrics."""
+    if dist.is_initialized():                               # under torchrun
+        dist.all_reduce(totals)
+    loss, top1, top5, images = totals.tolist()              # waits for the device
+    return loss / images, 100 * top1 / images, 100 * top5 / images, images
+
+
 @torch.no_grad()
 def evaluate(net, batches):
-    """The summed metrics of a super-network or a derived one, by its running statistics."""
+    """The means over the batches of a super-network or a derived one, by running statistics."""
     net.eval()
-    totals = torch.zeros(4, device=net.classifier.weight.device)    # there may be no batch
+    totals = torch.zeros(4, device=net.classifier.weight.device)    # a process may have no batch
     for images, labels in batches:
         logits = net(images)
         logits = logits if torch.is_tensor(logits) else logits[0]   # the second: auxiliary ones
         totals += metrics(F.cross_entropy(logits, labels), logits, labels)
-    return totals
+    return means(totals)
+
+
+def share_buffers(net):
+    """Gives all processes the first one's running statistics, which are tested and saved."""
+    for buffer in net.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)
 
 
 def place(net, device, amp=False):
@@ -400,12 +415,12 @@ def separable(C, kernel, stride, affine):
             nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine))
 
 
-def sep_conv(C, kernel, stride, affine):                    # twice; the second with stride 1
+def sep_conv(kernel, C, stride, affine):                    # twice; the second with stride 1
     return ReLUFirst(*separable(C, kernel, stride, affine), nn.ReLU(inplace=True),
                      *separable(C, kernel, 1, affine))
 
 
-def dil_conv(C, kernel, stride, affine):
+def dil_conv(kernel, C, stride, affine):
     """Dilation 2. With stride 2 it sees every second pixel only, so it needs no dilation there."""
     depthwise = nn.Conv2d(C, C, kernel, padding=(kernel - 1) // stride, dilation=2 // stride,
                           groups=C, bias=False)
@@ -413,7 +428,7 @@ def dil_conv(C, kernel, stride, affine):
                      nn.BatchNorm2d(C, affine=affine))
 
 
-def max_pool_2x2(stride):                                   # padded at the end: keeps the size
+def max_pool_2x2(C, stride, affine):                        # padded at the end: keeps the size
     return nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), float("-inf")), nn.MaxPool2d(2, stride))
 
 
@@ -426,14 +441,14 @@ OPS = {
     "max_pool_3x3": lambda C, s, affine: nn.MaxPool2d(3, s, padding=1),
     "avg_pool_3x3": lambda C, s, affine: nn.AvgPool2d(3, s, padding=1, count_include_pad=False),
     "skip_connect": skip_connect,
-    "sep_conv_3x3": lambda C, s, affine: sep_conv(C, 3, s, affine),
-    "sep_conv_5x5": lambda C, s, affine: sep_conv(C, 5, s, affine),
-    "dil_conv_3x3": lambda C, s, affine: dil_conv(C, 3, s, affine),
-    "dil_conv_5x5": lambda C, s, affine: dil_conv(C, 5, s, affine),
+    "sep_conv_3x3": partial(sep_conv, 3),
+    "sep_conv_5x5": partial(sep_conv, 5),
+    "dil_conv_3x3": partial(dil_conv, 3),
+    "dil_conv_5x5": partial(dil_conv, 5),
     "noise": lambda C, s, affine: Noise(s),                 # RobustDARTS, space S4
     # of published cells, and of NAS-Bench-201
-    "sep_conv_7x7": lambda C, s, affine: sep_conv(C, 7, s, affine),
+    "sep_conv_7x7": partial(sep_conv, 7),
     "nor_conv_1x1": lambda C, s, affine: nn.Sequential(Subsample(s), conv_bn(C, C, 1, 1, affine)),
     "nor_conv_3x3": lambda C, s, affine: conv_bn(C, C, 3, s, affine),
-    "max_pool_2x2": lambda C, s, affine: max_pool_2x2(s),
+    "max_pool_2x2": max_pool_2x2,
 }

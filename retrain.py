@@ -21,13 +21,13 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DATASETS, Spec, add_data_flags, make_batches, open_split
+from data import DATASETS, Spec, add_data_flags, make_batches, make_seed, open_split, progress
 from genotypes import load_genotype, to_json
-from model import Network, count_macs, count_parameters, evaluate, metrics, place
+from model import (Network, count_macs, count_parameters, evaluate, means, metrics, place,
+                   share_buffers)
 from run import (RANK, WORLD, Parser, Run, add_run_flags, check_facts, device_name, find_device,
-                 fraction, load_checkpoint, make_seed, means, natural, non_negative, number,
-                 parse_flags, positive, positive_int, progress, read_json, reason, say,
-                 share_buffers, start, write)
+                 fraction, load_checkpoint, natural, non_negative, number, parse_flags, positive,
+                 positive_int, read_json, reason, say, start, write)
 
 CIFAR10 = {"epochs": 600, "batch_size": 96, "layers": 20, "init_channels": 36,
            "lr_scheduler": "cosine", "learning_rate": 0.025, "gamma": 0.97, "momentum": 0.9,
@@ -56,8 +56,8 @@ PROTOCOLS = {
 def make_data(args, train, device, spec=None):
     """The batches of the train or test split."""
     split = open_split(args, train, device, spec)
-    seed = make_seed(args.seed, "data")
-    return make_batches(split, args.batch_size, seed, args.cutout_length, train)
+    return make_batches(split, args.batch_size, make_seed(args.seed, "data"), args.cutout_length,
+                        train)
 
 
 def read_data(args, device):
@@ -69,13 +69,6 @@ def read_data(args, device):
 def make_network(genotype, args, num_classes):
     return Network(genotype, args.init_channels, args.layers, num_classes,
                    args.auxiliary_weight > 0, args.dataset == "imagenet")
-
-
-def count(genotype, args, num_classes, size):
-    """Parameters and multiply-adds of a network, without its values."""
-    with torch.device("meta"):
-        net = make_network(genotype, args, num_classes)
-        return {"parameters": count_parameters(net), "macs": count_macs(net, size)}
 
 
 def make_scheduler(args, optimizer):
@@ -130,17 +123,16 @@ def train(genotype, args, run, read=read_data):
     device = find_device(args.device)
     batches, test = read(args, device)
     classes, spec = test.split.classes, test.split.spec
-    counts = count(genotype, args, len(classes), spec.size)
     torch.manual_seed(args.seed)
     net = place(make_network(genotype, args, len(classes)), device, args.amp)
     optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay)
     scheduler = make_scheduler(args, optimizer)
+    counts = {"parameters": count_parameters(net), "macs": count_macs(net, spec.size)}
     facts = {"classes": classes, "spec": list(spec),
              "train_split": batches.split.name, "test_split": test.split.name}
     run.begin({"net": net, "optimizer": optimizer, "scheduler": scheduler}, facts)
-    if RANK == 0:                                           # --genotype may be moved
-        write(run.folder / "genotype.json", to_json(genotype))
+    write(run.folder / "genotype.json", to_json(genotype))  # --genotype may be moved
     say(f"{args.genotype} on {args.dataset}: {counts['parameters']:,} parameters, "
         f"{counts['macs']:,} multiply-adds; {WORLD} x {device.type}; seed {args.seed}; "
         f"{run.folder}")
@@ -156,7 +148,7 @@ def train(genotype, args, run, read=read_data):
         share_buffers(net)
         train_loss, train_acc, _, images = means(totals)
         seconds = time.monotonic() - started
-        test_loss, top1, top5, _ = means(evaluate(net, test.epoch(0)))
+        test_loss, top1, top5, _ = evaluate(net, test.epoch(0))
         best = min([100 - top1, *(record["test_error"] for record in run.log)])
         record = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
                   "test_loss": test_loss, "test_error": 100 - top1, "test_error_top5": 100 - top5,
@@ -165,19 +157,18 @@ def train(genotype, args, run, read=read_data):
         run.end_epoch(record)
         say(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | "
             f"test {test_loss:.3f} error {100 - top1:.2f}% | {record['seconds']:.0f} s")
-    finish(run, net, {**counts, "device": device_name(device), "processes": WORLD})
+    finish(run, net, {**counts, "device": device_name(device)})
 
 
 def finish(run, net, counts):
     """Writes weights.pt and then result.json, which marks the run as finished."""
-    weights = {name: value.cpu().contiguous() for name, value in without_head(net.state_dict())}
+    weights = {name: value.cpu() for name, value in without_head(net.state_dict())}
     source = {**run.log[-1], **run.facts}
     names = "test_error test_error_top5 best_test_error epoch train_split test_split".split()
     result = {**{name: source[name] for name in names}, "seed": run.args.seed, **counts,
               "torch": torch.__version__, "torchvision": torchvision.__version__}
-    if RANK == 0:
-        write(run.folder / "weights.pt", {"net": weights, "facts": run.facts})
-        write(run.result, json.dumps(result, indent=1))
+    write(run.folder / "weights.pt", {"net": weights, "facts": run.facts})
+    write(run.result, json.dumps(result, indent=1))
     say("test error {test_error:.2f}% after the last epoch (the best on the test split, so "
         "optimistic: {best_test_error:.2f}%); ".format(**result) + f"{run.folder / 'weights.pt'}")
 
@@ -200,7 +191,7 @@ def load_network(path, device, amp=False):
         net = make_network(genotype, args, len(facts["classes"]))
         net.load_state_dict(dict(without_head(saved["net"])))
         facts = {**facts, "spec": Spec(*facts["spec"])}
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:                              # each part fails in its own way
         raise SystemExit(f"{path} holds no network of this run ({reason(error)})") from None
     return place(net, device, amp), facts
 
@@ -212,19 +203,18 @@ def evaluate_file(path, args):
     test = make_data(args, False, device, facts["spec"])
     check_facts(path, facts, {"classes": test.split.classes})
     torch.manual_seed(args.seed)                            # for S4's noise
-    loss, top1, top5, _ = means(evaluate(net, test.epoch(0)))
-    top5 = f" (top-5 {100 - top5:.2f}%)" if len(facts["classes"]) > 5 else ""
-    say(f"{path} on {args.dataset}: test error {100 - top1:.2f}%{top5}, loss {loss:.4f}")
+    loss, top1, top5, _ = evaluate(net, test.epoch(0))
+    say(f"{path} on {args.dataset}: test error {100 - top1:.2f}% (top-5 {100 - top5:.2f}%), "
+        f"loss {loss:.4f}")
 
 
 # ---------------------------------------------------------------- the command
 
 def make_parser():
-    rows = ["defaults".ljust(17) + "".join(name.rjust(14) for name in PROTOCOLS)]
-    for flag in CIFAR10:
-        values = [str(protocol[flag]).rjust(14) for protocol in PROTOCOLS.values()]
-        rows.append(flag.ljust(17) + "".join(values))
-    parser = Parser("retrain.py", description=__doc__, epilog="\n".join([*rows, SOURCES]))
+    rows = [[flag, *(values[flag] for values in PROTOCOLS.values())] for flag in CIFAR10]
+    table = "\n".join("".join(f"{str(cell):<17}" for cell in row)
+                      for row in [["defaults", *PROTOCOLS], *rows])
+    parser = Parser("retrain.py", description=__doc__, epilog=f"{table}\n{SOURCES}")
     parser.set_defaults(search=None)                        # of the cell, see source_of
     parser.add_argument("--genotype",
                         help="a genotype.json, or a name that `python genotypes.py` lists")
@@ -314,7 +304,7 @@ def source_of(args, genotype):
 
 def read_genotype(name_or_file):
     try:
-        return load_genotype(str(name_or_file))
+        return load_genotype(name_or_file)
     except ValueError as error:
         raise SystemExit(f"--genotype: {error}") from None
 

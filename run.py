@@ -1,4 +1,4 @@
-"""What the programs share: flags, device, metrics, several processes, and the folder of a run.
+"""What the programs share: flags, device, messages and files, and the folder of a run.
 
 A run's folder has config.json (every flag), checkpoint.pt (the state after the last finished epoch,
 and the log), log.jsonl (that log, to read: a line per epoch) and, at the end, its result.
@@ -6,12 +6,10 @@ and the log), log.jsonl (that log, to read: a line per epoch) and, at the end, i
 import argparse
 import datetime
 import fcntl
-import hashlib
 import io
 import json
 import math
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -19,11 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+RANK, WORLD, LOCAL_RANK = 0, 1, 0                           # whatever a cluster has set
 if dist.is_torchelastic_launched():                         # by torchrun, which sets all of them
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
-else:                                                       # whatever else a cluster has set
-    RANK, WORLD, LOCAL_RANK = 0, 1, 0
+    RANK, WORLD, LOCAL_RANK = map(int, map(os.getenv, ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 # ---------------------------------------------------------------- flags
@@ -50,7 +46,7 @@ def number(kind, low, high=2**31 - 1):
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"it must be from {low} to {high}, not {text}")
         return value
-    read.__name__ = "whole number" if kind is int else "number"     # for argparse's own message
+    read.__name__ = kind.__name__                           # for argparse's "invalid int value"
     return read
 
 
@@ -81,8 +77,7 @@ def parse_flags(parser, arguments, defaults):
     for flag, value in vars(args).items():
         was = saved.get(flag, "unknown")
         if flag not in ("data", "device", "proxy", "workers") and value != was:
-            raise SystemExit(f"{folder} is a run with {flag} {was}, not {value}: resume it as it "
-                             f"was, or start a new one")
+            raise SystemExit(f"{folder} is a run with {flag} {was}, not {value}: start a new one")
     return args
 
 
@@ -96,7 +91,7 @@ def add_run_flags(parser):
         help="continue a run; --data, --proxy, --device and --workers may change")
 
 
-# ---------------------------------------------------------------- device, numbers, processes
+# ---------------------------------------------------------------- device
 
 def find_device(name):
     """The torch.device `name`, by default CUDA if there is any; under torchrun one's own GPU."""
@@ -108,35 +103,14 @@ def find_device(name):
             torch.cuda.set_device(device)                   # before anything touches GPU 0
         torch.zeros(1, device=device).item()
     except Exception as error:                              # each kind fails in its own way
-        raise SystemExit(f"--device {name} cannot be used here ({reason(error)}); "
-                         f"try --device cpu") from None
+        raise SystemExit(f"--device {name}: {reason(error)}; try --device cpu") from None
     return device
 
 
 def device_name(device):
     """The name of the hardware, such as "Tesla V100-SXM2-16GB" or "x86_64 cpu"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type}"
-
-
-def make_seed(*parts):
-    """A seed from numbers and words, such as (seed, "epoch", 3). Other parts give other seeds."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
-
-
-def means(totals):
-    """Mean loss, top-1 and top-5 accuracy in percent, images, of all processes' metrics."""
-    if WORLD > 1:
-        dist.all_reduce(totals)
-    loss, top1, top5, images = totals.tolist()              # waits for the device
-    return loss / images, 100 * top1 / images, 100 * top5 / images, images
-
-
-def share_buffers(net):
-    """Gives all processes the first one's running statistics, which are tested and saved."""
-    for buffer in net.buffers() if WORLD > 1 else ():
-        dist.broadcast(buffer, 0)
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else f"{os.uname().machine} {device.type}"
 
 
 # ---------------------------------------------------------------- messages and files
@@ -146,24 +120,6 @@ def say(text, file=None):
         print(text, file=file, flush=True)
 
 
-def progress(items, what, total, images=0):
-    """Yields the items, and says on stderr how many are done, and how long the rest will take.
-
-    Every ten seconds on a terminal, every minute in a file. images: in an item, for their rate.
-    """
-    pause = 10 if sys.stderr.isatty() else 60
-    first = said = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if done == 1:
-            first = now                                     # the first item takes longer: left out
-        elif done > 1 and now - said > pause:
-            said, each = now, (now - first) / (done - 1)    # seconds an item
-            speed = f", {images / each:.0f} images/s" if images else ""
-            say(f"{what}: {done} of {total}, {each * (total - done):.0f} s left{speed}", sys.stderr)
-        yield item
-
-
 def reason(error):
     """What an error says, in one line."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
@@ -171,7 +127,9 @@ def reason(error):
 
 
 def write(path, content):
-    """Writes a text, bytes, or a dict as a .pt file, all or nothing: by a temporary file."""
+    """Rank 0 writes a text, bytes, or a dict as a .pt file, all or nothing: by a temporary file."""
+    if RANK > 0:
+        return
     temporary, buffer = Path(f"{path}.{os.getpid()}.tmp"), io.BytesIO()
     if isinstance(content, dict):
         torch.save(content, buffer)
@@ -220,25 +178,21 @@ class Run:
 
     def take(self, config):
         """Locks and writes config.json. SystemExit if the folder is not free or not writable."""
-        resume = self.args.resume is not None
         if self.result.exists():
-            raise SystemExit(f"{self.folder} holds a finished run ({self.result.name}): choose "
-                             f"another --out, or delete it")
-        used = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+            raise SystemExit(f"{self.folder} holds a finished run: choose another --out")
+        new, used = self.args.resume is None, any(self.folder.glob("*"))
         begun = config.exists() and read_json(config).get("program") == self.args.program
-        if not resume and used and (not begun or any(self.folder.rglob("checkpoint.pt"))):
-            raise SystemExit(f"{self.folder} is in use: choose another --out, or --resume "
-                             f"{self.folder} if it is a run")
+        if new and used and (not begun or any(self.folder.rglob("checkpoint.pt"))):
+            raise SystemExit(f"{self.folder} is in use: choose another --out, or --resume it")
         try:
-            folder = self.folder.resolve()                  # a link's, which may not be there yet
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.resolve().mkdir(parents=True, exist_ok=True)    # a link's may be missing
             self.lock = open(config, "a+")                  # locked as long as this file is open
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"{self.folder} is in use by a running program") from None
         except OSError as error:
             raise SystemExit(f"{self.folder} cannot be written ({reason(error)})") from None
-        if not resume:
+        if new:
             self.lock.truncate(0)
             self.lock.write(json.dumps(vars(self.args), indent=1))
             self.lock.flush()
@@ -246,13 +200,12 @@ class Run:
     def begin(self, parts, facts):
         """Makes the folder, now that all is read; loads the checkpoint, if there is one.
 
-        parts: {name: what has a state_dict}. facts: plain values that a resumed run must share,
-        such as the names of the classes.
+        parts: {name: what has a state_dict}. facts: plain values that a resumed run must share.
         """
         self.parts, self.facts = parts, facts
         if RANK == 0:
             self.take(self.folder / "config.json")
-        if self.args.resume is not None and self.checkpoint.exists():
+        if self.checkpoint.exists():                        # of a resumed run
             self.load()
 
     def load(self):
@@ -273,24 +226,22 @@ class Run:
             raise SystemExit(f"a loss or a weight is not finite after epoch {self.epoch}: try a "
                              f"smaller --learning_rate, in a new run")
         self.log, self.epoch = [*self.log, record], self.epoch + 1
-        if RANK == 0:
-            states = {name: part.state_dict() for name, part in self.parts.items()}
-            if vars(self.args).get("keep_nets"):
-                write(self.folder / f"net-{self.epoch}.pt", states["net"])
-            write(self.folder / "log.jsonl", "\n".join(map(json.dumps, self.log)))
-            write(self.checkpoint,
-                  {"epoch": self.epoch, "log": self.log, "facts": self.facts, **states})
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        if vars(self.args).get("keep_nets"):
+            write(self.folder / f"net-{self.epoch}.pt", states["net"])
+        write(self.folder / "log.jsonl", "\n".join(map(json.dumps, self.log)))
+        write(self.checkpoint,
+              {"epoch": self.epoch, "log": self.log, "facts": self.facts, **states})
 
 
 def check_facts(path, saved, facts):
     """SystemExit if the images of `path` are not those that there are now: its facts differ."""
     for name, now in facts.items():
-        was = saved[name]
-        if was != now and name == "classes":
-            names = ", ".join(sorted({*was} ^ {*now})) or "in their order"
+        if saved[name] != now and name == "classes":
+            names = ", ".join(sorted({*saved[name]} ^ {*now})) or "in their order"
             raise SystemExit(f"{path}: the classes differ ({names:.80})")
-        if was != now:
-            raise SystemExit(f"{path}: the {name} was {was}, and is {now}")
+        if saved[name] != now:
+            raise SystemExit(f"{path}: the {name} was {saved[name]}, and is {now}")
 
 
 def start(main):

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import Batches, add_data_flags, make_batches, open_split, read_proxy
+from data import (Batches, add_data_flags, make_batches, make_seed, open_split, progress,
+                  read_proxy)
 from genotypes import SPACES, Genotype, darts_notation, describe, to_json
 from larc import LARC
-from model import SuperNet, evaluate, metrics, place
+from model import SuperNet, evaluate, means, metrics, place, share_buffers
 from run import (RANK, WORLD, Parser, Run, add_run_flags, device_name, find_device, fraction,
-                 make_seed, means, natural, non_negative, number, parse_flags, positive,
-                 positive_int, progress, say, share_buffers, start, write)
+                 natural, non_negative, number, parse_flags, positive, positive_int, say, start,
+                 write)
 
 DEFAULTS = {"digits": {"layers": 3, "init_channels": 8, "epochs": 6, "batch_size": 128,
                        "arch_learning_rate": 0.03}}         # ours; DARTS's for all other data sets
@@ -59,18 +60,16 @@ def derive(space, betas):
 def alpha_step(net, optimizer, images, labels):
     """One step of min over alpha of L_val(w, alpha), Eq. 2 in first order: at the present w.
 
-    images: (B, 3, H, W), labels: (B,), of the half for alpha. Returns (loss, logits).
+    images: (B, 3, H, W), labels: (B,), of the half for alpha.
     """
-    logits = net(images)
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(net(images), labels)
     optimizer.zero_grad()
     loss.backward(inputs=list(net.alphas.values()))
     optimizer.step()
-    return loss, logits
 
 
 def weight_step(net, optimizer, images, labels, grad_clip):
-    """One step of min over w of L_train(w, alpha), Eq. 2's constraint, on the half for w."""
+    """One step of min over w of L_train(w, alpha), Eq. 2's constraint. Returns (loss, logits)."""
     logits, weights = net(images), net.weights
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
@@ -125,10 +124,11 @@ def make_supernet(args, num_classes):
 
 def make_optimizers(net, args):
     """(optimizer of w, optimizer of alpha, schedule of w): SGD or LARC, Adam, a cosine."""
-    sgd = {"lr": args.learning_rate, "momentum": args.momentum, "weight_decay": args.weight_decay}
+    sgd = args.learning_rate, args.momentum
     if args.larc:
-        sgd |= {"trust_coefficient": args.larc_trust, "clip": args.larc_clip}
-    w_optimizer = (LARC if args.larc else torch.optim.SGD)(net.weights, **sgd)
+        w_optimizer = LARC(net.weights, *sgd, args.weight_decay, args.larc_trust, args.larc_clip)
+    else:
+        w_optimizer = torch.optim.SGD(net.weights, *sgd, weight_decay=args.weight_decay)
     alpha_optimizer = torch.optim.Adam(net.alphas.values(), args.arch_learning_rate,
                                        betas=(0.5, 0.999), weight_decay=args.arch_weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(w_optimizer, args.epochs,
@@ -180,12 +180,13 @@ def train_epoch(parts, epoch, take_alpha_step=first_order):
     lr: of w; train_loss: mean; train_acc: top-1 in percent; seconds; images_per_second: of both
     halves together; device: its name.
     """
-    args, net, steps = parts.args, parts.net, parts.w_batches.steps
+    args, net = parts.args, parts.net
     started, lr, totals = time.monotonic(), parts.w_optimizer.param_groups[0]["lr"], 0
     torch.manual_seed(make_seed(args.seed, "noise", epoch, RANK))               # S4's
     net.train()
-    batches = zip(parts.w_batches.epoch(epoch), parts.alpha_batches.stream(epoch * steps))
-    for w_batch, alpha_batch in progress(batches, f"epoch {epoch}", steps, 2 * args.batch_size):
+    batches = zip(parts.w_batches.epoch(epoch), parts.alpha_batches.stream(epoch))
+    for w_batch, alpha_batch in progress(batches, f"epoch {epoch}", parts.w_batches.steps,
+                                         2 * args.batch_size):
         take_alpha_step(parts, alpha_batch, w_batch)
         loss, logits = weight_step(net, parts.w_optimizer, *w_batch, args.grad_clip)
         totals += metrics(loss, logits, w_batch[1])         # on the device: no step waits for it
@@ -211,7 +212,7 @@ def validate(parts, record):
     """Adds valid_loss and valid_acc on the half for alpha, mean betas, and alphas to the record."""
     started, net, space, betas = time.monotonic(), parts.net, parts.net.space, parts.net.betas()
     batches = parts.validation.epoch(record["epoch"])       # augmented, as in DARTS
-    valid_loss, valid_acc, *_ = means(evaluate(net, batches))
+    valid_loss, valid_acc, *_ = evaluate(net, batches)
     record |= {"valid_loss": valid_loss, "valid_acc": valid_acc,
                "beta_none": mean_beta(space, betas, "none"),
                "beta_skip": mean_beta(space, betas, "skip_connect"),
@@ -239,9 +240,8 @@ def finish(run, genotype, seconds):
     """Writes the cell and the search it came from, which retrain.py copies for the tables."""
     source = {**vars(run.args), "train_split": run.facts["train_split"], "seconds": seconds,
               "device": run.log[-1]["device"], "genotype": genotype._asdict()}
-    if RANK == 0:
-        write(run.folder / "search.json", json.dumps(source, indent=1))
-        write(run.result, to_json(genotype))
+    write(run.folder / "search.json", json.dumps(source, indent=1))
+    write(run.result, to_json(genotype))
     say(f"{run.result}\n{describe(genotype)}\n  in DARTS's notation, for a fork's genotypes.py:\n"
         f"{darts_notation(genotype)}")
     words = ["python", "retrain.py", "--genotype", str(run.result), "--dataset", run.args.dataset]

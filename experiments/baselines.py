@@ -26,13 +26,13 @@ from torch.func import functional_call
 
 import retrain
 import search
-from data import make_batches
+from data import make_batches, make_seed
 from genotypes import SPACES, Genotype, load_genotype
 from larc import LARC, local_factors
-from model import metrics
+from model import means, metrics
 from run import (WORLD, Parser, Run, check_facts, device_name, find_device, load_checkpoint,
-                 make_seed, means, natural, non_negative, number, parse_flags, positive,
-                 positive_int, read_json, say, start, write)
+                 natural, non_negative, number, parse_flags, positive, positive_int, read_json,
+                 say, start, write)
 
 
 # ---------------------------------------------------------------- second order (Eq. 2)

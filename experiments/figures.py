@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 
 import search
-from data import make_batches
+from data import make_batches, make_seed, progress
 from experiments import nasbench201, tables
 from genotypes import SPACES, Genotype, load_genotype
 from model import OPS, ReLUFirst, mixing_weights, place
-from run import (Parser, find_device, load_checkpoint, make_seed, natural, number, positive_int,
-                 progress, read_json, reason, start, write)
+from run import (Parser, find_device, load_checkpoint, natural, number, positive_int, read_json,
+                 reason, start, write)
 
 COLORS = {name: f"C{k}" for k, name in enumerate(OPS)}
 METHODS = {short: name for name, short in nasbench201.METHODS.items()}
@@ -203,9 +203,10 @@ def tune(net, run, w_half, epochs):
     flags = {**vars(run), "epochs": epochs * batches.steps}
     optimizer, _, scheduler = search.make_optimizers(net, argparse.Namespace(**flags))
     net.train()
-    for images, labels in itertools.islice(batches.stream(0), epochs * batches.steps):
-        search.weight_step(net, optimizer, images, labels, run.grad_clip)
-        scheduler.step()
+    for epoch in range(epochs):
+        for images, labels in batches.epoch(epoch):
+            search.weight_step(net, optimizer, images, labels, run.grad_clip)
+            scheduler.step()
 
 
 @torch.no_grad()

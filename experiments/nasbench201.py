@@ -25,7 +25,7 @@ from torch import nn
 import search
 from experiments.tables import method
 from model import SearchCell, SuperNet, conv_bn, make_alphas, stem_conv
-from run import RANK, Run, say, start, write
+from run import Run, say, start, write
 
 PRIMITIVES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]    # (source, target); node 3 is the output
@@ -153,8 +153,7 @@ def search201(args, run):
         run.end_epoch(record)
         say(search.epoch_line(record, f"{record['cell']} {describe(operations)}"))
     summed = summary(args, run.log)
-    if RANK == 0:
-        write(run.result, json.dumps(summed))
+    write(run.result, json.dumps(summed))
     say(f"{run.result}: {run.log[-1]['cell']}, rank {run.log[-1]['rank']:,}")
 
 

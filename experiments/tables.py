@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genotypes import PUBLISHED, network
+from genotypes import PUBLISHED, SOURCES, network
 from model import count_macs, count_parameters
 from run import Parser, read_json, start
 
@@ -248,13 +248,13 @@ def table2():
     published = {}
     for line in TABLE2.splitlines():
         name, *published[name] = map(str.strip, line.split("|"))
-    for name, (genotype, source) in PUBLISHED.items():
+    for name, genotype in PUBLISHED.items():
         small = network(genotype)
         large = network(genotype, 50 if name == "GDAS" else 48, imagenet=True)
         params, error, large_params, macs, top1, counted_as = published.get(name, [*"-----", ""])
         print_row(name, f"{count_parameters(small):,} ({params})", error,
                   f"{count_parameters(large):,} ({large_params})",
-                  f"{count_macs(large, 224):,} ({macs})", top1, counted_as, source)
+                  f"{count_macs(large, 224):,} ({macs})", top1, counted_as, SOURCES[name])
     print(NOTES)
 
 

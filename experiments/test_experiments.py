@@ -25,7 +25,8 @@ import search
 from experiments import baselines, figures, nasbench201, tables
 from genotypes import DARTS_PRIMITIVES, EDGES, PUBLISHED, SPACES, to_json
 from model import SuperNet
-from run import Run, make_seed, read_json, write
+from data import make_seed
+from run import Run, read_json, write
 from test_vsdarts import SMALL, a_folder_of_its_own, open_split, refusal, tensors_equal
 
 VS_DARTS = ["--node_norm", "--larc", "--sqrt_beta"]
@@ -579,7 +580,7 @@ def test_brief_training_sees_the_training_split_only(monkeypatch):
         write(run.result, '{"test_error": 12}')
     args = baselines.parse(small("--image_size=16", "--amp"), "r_darts")
     halves = search.read_halves(args, torch.device("cpu"))
-    write("genotype.json", to_json(PUBLISHED["VS_DARTS"].genotype))
+    write("genotype.json", to_json(PUBLISHED["VS_DARTS"]))
     monkeypatch.setattr(retrain, "train", train)
     assert baselines.train_briefly(args, Path(), *halves) == 12
 
