@@ -263,17 +263,6 @@ def test_figure_2_on_a_rigged_super_network(monkeypatch):
     assert tensors_equal(net.betas(), before)
 
 
-def test_one_operation_alone_equals_brute_force():
-    """Against weights of 1 for that operation, and 0 for the others."""
-    net, images, _ = tiny_net("s3")
-    cell_type, row, primitives = figures.edge_row(SPACES["s3"], "reduce:2-5")
-    weights = {key: weight.detach() for key, weight in net.mixing_weights().items()}
-    for operation in range(len(primitives)):
-        figures.alone(net, cell_type, row, operation)
-        weights[cell_type][EDGES.index((2, 5))] = torch.eye(3)[operation]
-        assert_close(net(images), slow_walk(net, images, weights)[0])
-
-
 def test_answers_are_those_of_images_normalized_by_batch():
     net, half = tiny_net("s2")[0].float(), open_split("digits")
     images = data.normalize(half.images[:700], half.spec)
