@@ -3,6 +3,7 @@
 Small images live on the device as uint8 and are augmented there, a batch at a time. Constants:
 DARTS (CIFAR-10) and RobustDARTS (CIFAR-100, SVHN). `digits` is in this repository; torchvision
 reads the others, and downloads what is missing. ImageNet streams from disk by worker processes.
+What is random in a run comes from make_seed; what takes long is shown by progress.
 """
 import functools
 import hashlib
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from run import LOCAL_RANK, RANK, WORLD, check_facts, number, read_json, reason, say
+from run import LOCAL_RANK, RANK, WORLD, number, read_json, reason, say
 
 
 class Spec(NamedTuple):
@@ -91,7 +92,7 @@ def open_split(args, train, device, spec=None, augmented=True):
     """The train or test split of --data, in memory or, of ImageNet, on disk.
 
     spec: what a trained network was trained with, by default that of the data set at --image_size.
-    augmented: on disk, whether training images come as DARTS trains or as it tests on them.
+    augmented: whether training images on disk are augmented, as DARTS trains on them.
     SystemExit if images are missing or damaged.
     """
     default = DATASETS[args.dataset]
@@ -121,8 +122,8 @@ def load(name, root, train, size, limit=None):
     labels = torch.as_tensor(labels[:limit]).long()
     if images.dim() == 3:                                   # grey: three equal channels
         images = images[..., None].expand(-1, -1, -1, 3)
-    if images.shape[1] != size:
-        images = resize(images, size)
+    if images.shape[1] != size:                             # in parts: floats take four times
+        images = torch.cat([resize(part, size) for part in images.split(1000)])     # the memory
     return images.contiguous(), labels, [*map(str, classes)]
 
 
@@ -169,9 +170,6 @@ class ImageFolder(datasets.ImageFolder):
             super().__init__(folder, transform, loader=read_image, is_valid_file=self.is_image)
         except (OSError, ValueError) as error:
             raise SystemExit(f"{folder}/CLASS/IMAGE is needed ({reason(error)})") from None
-        if not train and (root / "train").is_dir():
-            classes = {"classes": self.find_classes(root / "train")[0]}
-            check_facts(f"{root}/train", classes, {"classes": self.classes})
         say(f"{folder}: {len(self.classes)} classes, {len(self)} images, {self.left_out} other "
             f"files left out")
 
@@ -318,7 +316,7 @@ class Batches:
         if self.train:
             return share(order, self.batch_size)
         part = order[RANK::WORLD]
-        return part.split(self.batch_size // WORLD) if len(part) else ()
+        return part.split(max(1, self.batch_size // WORLD)) if len(part) else ()
 
     def draw(self, epoch):
         """(order of the images, generator) of an epoch."""
@@ -337,11 +335,15 @@ class Batches:
             else:
                 yield normalize(images[batch], spec), labels[batch]
 
+    def shown(self, epoch, what):
+        """The same, with progress."""
+        return progress(self.epoch(epoch), what, self.steps, self.batch_size)
+
     def stream(self, epoch):
         """The batches of an epoch, and then, in other orders, more without end."""
         while True:
             yield from self.epoch(epoch)
-            epoch = epoch, "again"
+            epoch = epoch, "again"                          # it only makes a seed
 
 
 class DiskBatches(Batches):
@@ -373,7 +375,9 @@ def read(loader):
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield from batches
-    except ImageError as error:                             # after a worker's traceback
+    except (ImageError, RuntimeError) as error:
+        if "DataLoader worker" not in str(error):           # of the device, or read by no worker
+            raise
         line = str(error).strip().splitlines()[-1]
         raise SystemExit(line.removeprefix("data.ImageError: ")) from None
 

@@ -90,7 +90,7 @@ def random_genotype(seed):
 # ---------------------------------------------------------------- published cells
 
 # Name and source, then the normal and the reduction cell: the inputs of each node from 2 on, and
-# after ";" the nodes of the output, if they are not 2 3 4 5. Their errors: experiments/tables.py.
+# after ";" the nodes of the output, if not 2 3 4 5. Their test errors: experiments/tables.py.
 CELLS = """\
 NASNet_A: quark0/darts f276dd3, cnn/genotypes.py
 sep5 1, sep3 0 | sep5 0, sep3 0 | avg 1, skip 0 | avg 0, avg 0 | sep3 1, skip 1; 2 3 4 5 6
@@ -182,10 +182,10 @@ def read_line(line):
     return nodes, tuple(map(int, (concat or "2 3 4 5").split()))
 
 
-PUBLISHED, SOURCES = {}, {}                                 # {name: Genotype}, {name: source}
-for title, normal, reduce in map(str.splitlines, CELLS.split("\n\n")):
-    name, SOURCES[name] = title.split(": ")
-    PUBLISHED[name] = Genotype(*read_line(normal), *read_line(reduce))
+ENTRIES = [entry.splitlines() for entry in CELLS.split("\n\n")]
+SOURCES = dict(title.split(": ") for title, *_ in ENTRIES)
+PUBLISHED = {name: Genotype(*read_line(normal), *read_line(reduce))
+             for name, (_, normal, reduce) in zip(SOURCES, ENTRIES)}
 
 
 # ---------------------------------------------------------------- reading

@@ -237,7 +237,7 @@ class Network(nn.Module):
         for layer in range(layers):
             reduction = layer in reductions(layers)
             C = 2 * C if reduction else C
-            nodes, concat = genotype[2:4] if reduction else genotype[:2]
+            nodes, concat = genotype[2:4] if reduction else genotype[:2]    # two fields a cell
             self.cells.append(Cell(nodes, concat, C_prev_prev, C_prev, C, reduction,
                                    reduction_prev))
             C_prev_prev, C_prev, reduction_prev = C_prev, C * len(concat), reduction
@@ -313,7 +313,10 @@ def means(totals):
 
 @torch.no_grad()
 def evaluate(net, batches):
-    """The means over the batches of a super-network or a derived one, by running statistics."""
+    """The means over the batches of a super-network or a derived one, by running statistics.
+
+    All processes have to call it.
+    """
     net.eval()
     totals = torch.zeros(4, device=net.classifier.weight.device)    # a process may have no batch
     for images, labels in batches:

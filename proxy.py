@@ -9,7 +9,6 @@
 Accelerating Neural Architecture Search via Proxy Data, IJCAI 2021: sampler.py of
 nabk89/NAS-with-Proxy-data f98b345.
 """
-import hashlib
 import json
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torchvision.models import ResNet50_Weights, resnet50
 
-from data import DATASETS, make_batches, open_split, progress
+from data import DATASETS, make_batches, open_split
 from model import place
 from retrain import load_network
 from run import (WORLD, Parser, check_facts, find_device, fraction, natural, read_json, reason,
@@ -32,7 +31,7 @@ BIN_WIDTHS = {"cifar10": 0.5, "cifar100": 0.25, "svhn": 0.2, "imagenet": 0.25}  
 def entropies(classify, batches):
     """-sum of p ln p over the classes, for every image in order: float64 (N,)."""
     found = []
-    for images, _ in progress(batches.epoch(0), "entropy, in batches", batches.steps):
+    for images, _ in batches.shown(0, "entropy"):
         log_p = classify(images).cpu().double().log_softmax(1)              # (B, classes)
         found.append((log_p.exp() * -log_p).sum(1))
     return torch.cat(found).numpy()
@@ -104,8 +103,7 @@ def ranked(args, device):
     edges, bins = histogram(entropy, BIN_WIDTHS.get(args.dataset, 0.5))
     counts = np.bincount(bins, minlength=len(edges) - 1)
     return split, bins, {
-        "classifier": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "mean": entropy.mean(), "min": entropy.min(), "max": entropy.max(),
+        "classifier": str(file), "mean": entropy.mean(), "min": entropy.min(), "max": entropy.max(),
         "bins": edges.round(6).tolist(), "counts": counts.tolist(),
         "weights": bin_weights(counts, args.scheme).tolist()}
 

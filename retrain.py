@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DATASETS, Spec, add_data_flags, make_batches, make_seed, open_split, progress
+from data import DATASETS, Spec, add_data_flags, make_batches, make_seed, open_split
 from genotypes import load_genotype, to_json
 from model import (Network, count_macs, count_parameters, evaluate, means, metrics, place,
                    share_buffers)
@@ -109,8 +109,7 @@ def train_epoch(net, optimizer, batches, epoch, args):
     torch.manual_seed(make_seed(args.seed, "drop path", epoch, RANK))
     net.train()
     totals = 0
-    for images, labels in progress(batches.epoch(epoch), f"epoch {epoch}", batches.steps,
-                                   args.batch_size):
+    for images, labels in batches.shown(epoch, f"epoch {epoch}"):
         totals += metrics(*train_step(net, optimizer, images, labels, args), labels)
     return totals
 
@@ -123,6 +122,7 @@ def train(genotype, args, run, read=read_data):
     device = find_device(args.device)
     batches, test = read(args, device)
     classes, spec = test.split.classes, test.split.spec
+    check_facts(f"{args.data}/train", {"classes": batches.split.classes}, {"classes": classes})
     torch.manual_seed(args.seed)
     net = place(make_network(genotype, args, len(classes)), device, args.amp)
     optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
@@ -136,9 +136,7 @@ def train(genotype, args, run, read=read_data):
     say(f"{args.genotype} on {args.dataset}: {counts['parameters']:,} parameters, "
         f"{counts['macs']:,} multiply-adds; {WORLD} x {device.type}; seed {args.seed}; "
         f"{run.folder}")
-    wrapped = net
-    if WORLD > 1:                                           # static_graph: for unused nodes
-        wrapped = DistributedDataParallel(net, static_graph=True)
+    wrapped = DistributedDataParallel(net, static_graph=True) if WORLD > 1 else net
 
     for epoch in range(run.epoch, args.epochs):
         started, lr = time.monotonic(), optimizer.param_groups[0]["lr"]
@@ -148,7 +146,7 @@ def train(genotype, args, run, read=read_data):
         share_buffers(net)
         train_loss, train_acc, _, images = means(totals)
         seconds = time.monotonic() - started
-        test_loss, top1, top5, _ = evaluate(net, test.epoch(0))
+        test_loss, top1, top5, _ = evaluate(net, test.shown(0, "test"))
         best = min([100 - top1, *(record["test_error"] for record in run.log)])
         record = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "train_acc": train_acc,
                   "test_loss": test_loss, "test_error": 100 - top1, "test_error_top5": 100 - top5,
@@ -157,16 +155,16 @@ def train(genotype, args, run, read=read_data):
         run.end_epoch(record)
         say(f"epoch {epoch} lr {lr:.6f} | train {train_loss:.3f} {train_acc:.1f}% | "
             f"test {test_loss:.3f} error {100 - top1:.2f}% | {record['seconds']:.0f} s")
-    finish(run, net, {**counts, "device": device_name(device)})
+    finish(run, net, counts | {"device": device_name(device)})
 
 
 def finish(run, net, counts):
     """Writes weights.pt and then result.json, which marks the run as finished."""
     weights = {name: value.cpu() for name, value in without_head(net.state_dict())}
-    source = {**run.log[-1], **run.facts}
+    source = run.log[-1] | run.facts
     names = "test_error test_error_top5 best_test_error epoch train_split test_split".split()
-    result = {**{name: source[name] for name in names}, "seed": run.args.seed, **counts,
-              "torch": torch.__version__, "torchvision": torchvision.__version__}
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    result = {name: source[name] for name in names} | counts | versions
     write(run.folder / "weights.pt", {"net": weights, "facts": run.facts})
     write(run.result, json.dumps(result, indent=1))
     say("test error {test_error:.2f}% after the last epoch (the best on the test split, so "
@@ -183,7 +181,7 @@ def load_network(path, device, amp=False):
 
     The second is a dict: "classes", names; "spec", see data.Spec.
     """
-    flags = {**read_json(path.parent / "config.json"), "auxiliary_weight": 0}
+    flags = read_json(path.parent / "config.json") | {"auxiliary_weight": 0}
     args, saved = argparse.Namespace(**flags), load_checkpoint(path)
     try:
         facts = saved["facts"]
@@ -203,7 +201,7 @@ def evaluate_file(path, args):
     test = make_data(args, False, device, facts["spec"])
     check_facts(path, facts, {"classes": test.split.classes})
     torch.manual_seed(args.seed)                            # for S4's noise
-    loss, top1, top5, _ = evaluate(net, test.epoch(0))
+    loss, top1, top5, _ = evaluate(net, test.shown(0, "test"))
     say(f"{path} on {args.dataset}: test error {100 - top1:.2f}% (top-5 {100 - top5:.2f}%), "
         f"loss {loss:.4f}")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-RANK, WORLD, LOCAL_RANK = 0, 1, 0                           # whatever a cluster has set
+RANK, WORLD, LOCAL_RANK = 0, 1, 0                           # a cluster's own RANK is ignored
 if dist.is_torchelastic_launched():                         # by torchrun, which sets all of them
     RANK, WORLD, LOCAL_RANK = map(int, map(os.getenv, ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
@@ -26,7 +26,6 @@ if dist.is_torchelastic_launched():                         # by torchrun, which
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description as it is written, and each flag's default, if it has one."""
-
     def _get_help_string(self, action):
         return super()._get_help_string(action) if action.default else action.help
 
@@ -71,13 +70,14 @@ def parse_flags(parser, arguments, defaults):
         return args
     folder = Path(args.resume)
     folder = folder.parent if folder.is_file() else folder
-    saved = {**read_json(folder / "config.json"), "out": str(folder), "resume": args.resume}
-    now = {**saved, "program": parser.prog, "processes": WORLD}
+    saved = read_json(folder / "config.json") | {"out": str(folder), "resume": args.resume}
+    now = saved | {"program": parser.prog, "processes": WORLD}
     args = parser.parse_args(arguments, argparse.Namespace(**now))
     for flag, value in vars(args).items():
         was = saved.get(flag, "unknown")
         if flag not in ("data", "device", "proxy", "workers") and value != was:
-            raise SystemExit(f"{folder} is a run with {flag} {was}, not {value}: start a new one")
+            raise SystemExit(f"{folder} is a run with {flag} {was}, not {value}: resume it as it "
+                             f"was, or start a new one")
     return args
 
 
@@ -179,11 +179,11 @@ class Run:
     def take(self, config):
         """Locks and writes config.json. SystemExit if the folder is not free or not writable."""
         if self.result.exists():
-            raise SystemExit(f"{self.folder} holds a finished run: choose another --out")
+            raise SystemExit(f"{self.folder} holds a finished run; a new one needs another --out")
         new, used = self.args.resume is None, any(self.folder.glob("*"))
         begun = config.exists() and read_json(config).get("program") == self.args.program
         if new and used and (not begun or any(self.folder.rglob("checkpoint.pt"))):
-            raise SystemExit(f"{self.folder} is in use: choose another --out, or --resume it")
+            raise SystemExit(f"{self.folder} is in use: choose another --out, or --resume a run")
         try:
             self.folder.resolve().mkdir(parents=True, exist_ok=True)    # a link's may be missing
             self.lock = open(config, "a+")                  # locked as long as this file is open
@@ -205,7 +205,7 @@ class Run:
         self.parts, self.facts = parts, facts
         if RANK == 0:
             self.take(self.folder / "config.json")
-        if self.checkpoint.exists():                        # of a resumed run
+        if self.args.resume is not None and self.checkpoint.exists():
             self.load()
 
     def load(self):
@@ -261,7 +261,7 @@ def start(main):
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:                               # Python then dies of the signal
         sys.tracebacklimit = 0
-        raise KeyboardInterrupt("a run goes on by --resume FOLDER, after its last epoch") from None
+        raise KeyboardInterrupt("continue a run with --resume FOLDER") from None
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"{reason(error)} Try a smaller --batch_size") from None
     except RuntimeError as error:

@@ -203,7 +203,7 @@ def end_epoch(parts, run, record):
     """Validates, then logs and saves the epoch."""
     genotype = derive(parts.net.space, parts.net.betas())
     validate(parts, record)
-    run.end_epoch({**record, "genotype": genotype._asdict()})
+    run.end_epoch(record | {"genotype": genotype._asdict()})
     chosen = Counter(name for node in genotype.normal + genotype.reduce for name, _ in node)
     say(epoch_line(record, ", ".join(f"{count} {name}" for name, count in sorted(chosen.items()))))
 
@@ -211,7 +211,7 @@ def end_epoch(parts, run, record):
 def validate(parts, record):
     """Adds valid_loss and valid_acc on the half for alpha, mean betas, and alphas to the record."""
     started, net, space, betas = time.monotonic(), parts.net, parts.net.space, parts.net.betas()
-    batches = parts.validation.epoch(record["epoch"])       # augmented, as in DARTS
+    batches = parts.validation.shown(record["epoch"], "validation")         # augmented, as in DARTS
     valid_loss, valid_acc, *_ = evaluate(net, batches)
     record |= {"valid_loss": valid_loss, "valid_acc": valid_acc,
                "beta_none": mean_beta(space, betas, "none"),
