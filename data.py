@@ -336,7 +336,7 @@ class Batches:
                 yield normalize(images[batch], spec), labels[batch]
 
     def shown(self, epoch, what):
-        """The same, with progress."""
+        """An epoch's batches, with progress: of `what`."""
         return progress(self.epoch(epoch), what, self.steps, self.batch_size)
 
     def stream(self, epoch):

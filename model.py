@@ -108,7 +108,7 @@ class SuperNet(nn.Module):
         super().__init__()
         self.space, self.sqrt_beta = space, sqrt_beta
         C_prev_prev = C_prev = stem_multiplier * C
-        self.stem, self.stem1 = make_stems(C_prev, imagenet)
+        self.stem0, self.stem1 = make_stems(C_prev, imagenet)
         self.cells, self.cell_types, reduction_prev = nn.ModuleList(), [], imagenet
         for layer in range(layers):
             reduction = layer in reductions(layers)
@@ -144,7 +144,7 @@ class SuperNet(nn.Module):
         return self.classifier(x.to(self.classifier.weight.dtype))
 
     def features(self, x, beta):                            # (B, channels of the last cell)
-        s0 = self.stem(x)
+        s0 = self.stem0(x)
         s1 = self.stem1(s0)
         for cell_type, cell in zip(self.cell_types, self.cells):
             s0, s1 = s1, cell(s0, s1, beta[cell_type])

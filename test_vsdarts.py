@@ -171,7 +171,7 @@ def slow_supernet(p, space, layers, node_norm, sqrt_beta, x):
             states.append(slow_norm(x_j) if node_norm else x_j)     # Eq. 3
         return torch.cat(states[2:], 1)
 
-    s = norm_at(p, "stem.1", F.conv2d(x, p["stem.0.weight"], padding=1))
+    s = norm_at(p, "stem0.1", F.conv2d(x, p["stem0.0.weight"], padding=1))
     last = slow_cells(p, layers, s, s, False, nodes_of)[-1]
     return F.linear(last.mean((2, 3)), p["classifier.weight"], p["classifier.bias"])
 

@@ -101,7 +101,7 @@ def stop_and_resume(main, method, flags, epochs):
 def slow_walk(net, images, weights=None):
     """Edge by edge: logits; of each cell its nodes, and of each edge (input, outputs, mixed)."""
     weights = weights or net.mixing_weights()               # {cell type: (edges, operations)}
-    s0 = s1 = net.stem(images)
+    s0 = s1 = net.stem0(images)
     cells = []
     for cell_type, cell in zip(net.cell_types, net.cells):
         nodes, edges = [cell.preprocess0(s0), cell.preprocess1(s1)], {}
