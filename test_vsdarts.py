@@ -979,12 +979,21 @@ def test_all_seeds_of_a_run_differ(monkeypatch):
 
 # ---------------------------------------------------------------- stopped runs
 
-def lines_of(folder):
-    """The records of a run, without what it measured by the clock."""
-    records = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
-    clock = ("seconds", "images_per_second")
-    return [{key: value for key, value in record.items() if key not in clock}
-            for record in records]
+def read_log(path):
+    return [*map(json.loads, Path(path).read_text().splitlines())]
+
+
+def without_clock(value):
+    """The same without what the clock measured, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_clock(part) for key, part in value.items()
+                if key not in ("seconds", "images_per_second")}
+    return [*map(without_clock, value)] if isinstance(value, (list, tuple)) else value
+
+
+def checkpoints(folder):
+    """What the checkpoints of a run, and of runs within it, hold, without the clock."""
+    return [without_clock(torch.load(path)) for path in sorted(Path(folder).rglob("*.pt"))]
 
 
 def tensors_equal(a, b):
@@ -994,15 +1003,13 @@ def tensors_equal(a, b):
 
 
 def assert_same_runs(a, b):
-    """The same records, results, and tensors in every file."""
-    assert lines_of(a) == lines_of(b)
-    for path in Path(a).iterdir():
-        if path.suffix == ".pt":
-            files = path, Path(b, path.name)
-            saved, other = ({**torch.load(file), "log": None} for file in files)
-            assert tensors_equal(saved, other), path        # but for the log, which has seconds
-        elif path.name in ("genotype.json", "result.json"):
-            assert path.read_text() == Path(b, path.name).read_text()
+    """The same checkpoints, log and result."""
+    assert tensors_equal(checkpoints(a), checkpoints(b))
+    logs = [without_clock(read_log(f"{folder}/log.jsonl")) for folder in (a, b)]
+    assert logs[0] == logs[1]
+    for file in ("genotype.json", "result.json"):
+        if Path(a, file).exists():
+            assert Path(a, file).read_text() == Path(b, file).read_text()
 
 
 def begun(*arguments, launcher=PYTHON):
@@ -1035,11 +1042,14 @@ def kill(process, number):
 
 
 def stop_after(epochs, main, flags):
-    """Stops a program, in this process, after so many epochs; after 0 in its first one."""
+    """Stops a program, in this process, once it has saved so many epochs; after 0 in its first."""
+    ended = []
+
     def end_epoch(self, *given, real=run.Run.end_epoch):
         if epochs > 0:
             real(self, *given)
-        if self.epoch == epochs:
+        ended.append(self.epoch)
+        if len(ended) >= epochs:
             raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run.Run, "end_epoch", end_epoch)
@@ -1163,7 +1173,7 @@ def test_a_search_leaves_what_it_found(whole):
     net.load_state_dict(torch.load(folder / "net-1.pt"))
     first = net.alphas["normal"].clone()
     net.load_state_dict(torch.load(folder / "net-3.pt"))
-    record, genotype = lines_of(folder)[-1], load_genotype(folder / "genotype.json")
+    record, genotype = read_log(folder / "log.jsonl")[-1], load_genotype(folder / "genotype.json")
     assert not torch.equal(net.alphas["normal"], first)
     assert record["alphas"] == {name: alpha.tolist() for name, alpha in net.alphas.items()}
     assert genotype == brute_derive(space, net.betas())     # of the last alphas
@@ -1186,7 +1196,7 @@ def test_a_retraining_keeps_the_search_that_its_cell_is_from(whole):
 
 def test_a_retraining_reports_the_last_epoch(whole):
     folder = whole("retraining")
-    errors = [record["test_error"] for record in lines_of(folder)]
+    errors = [record["test_error"] for record in read_log(folder / "log.jsonl")]
     result = json.loads((folder / "result.json").read_text())
     assert (result["test_error"], result["epoch"]) == (errors[-1], len(errors) - 1)
     assert result["best_test_error"] == min(errors)
@@ -1199,7 +1209,7 @@ def test_a_retraining_reports_the_last_epoch(whole):
 def test_a_network_is_tested_alone_as_after_its_last_epoch(whole, capsys, file):
     for name, flags in (("retraining", []), ("imagenet", ["--dataset=imagenet"])):
         retrain.main([f"--evaluate={whole(name) / file}", *flags])
-        error = lines_of(whole(name))[-1]["test_error"]
+        error = read_log(whole(name) / "log.jsonl")[-1]["test_error"]
         assert f"test error {error:.2f}%" in capsys.readouterr().out
 
 

@@ -26,8 +26,9 @@ from experiments import baselines, figures, nasbench201, tables
 from genotypes import DARTS_PRIMITIVES, EDGES, PUBLISHED, SPACES, to_json
 from model import SuperNet
 from data import make_seed
-from run import Run, read_json, write
-from test_vsdarts import SMALL, a_folder_of_its_own, open_split, refusal, tensors_equal
+from run import read_json, write
+from test_vsdarts import (SMALL, a_folder_of_its_own, checkpoints, open_split, read_log, refusal,
+                          stop_after, tensors_equal)
 
 VS_DARTS = ["--node_norm", "--larc", "--sqrt_beta"]
 
@@ -66,35 +67,10 @@ def read(folder):
     return figures.read_search(str(folder), figures.parse(["3", str(folder)]))[1]
 
 
-def read_log(path):
-    return [*map(json.loads, Path(path).read_text().splitlines())]
-
-
-def without_clock(value):
-    """The same without what the clock measured, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_clock(part) for key, part in value.items()
-                if key not in ("seconds", "images_per_second")}
-    return [*map(without_clock, value)] if isinstance(value, (list, tuple)) else value
-
-
-def checkpoints(folder):
-    """What the checkpoints of a run, and of runs within it, hold, without the clock."""
-    return [without_clock(torch.load(path)) for path in sorted(Path(folder).rglob("*.pt"))]
-
-
 def stop_and_resume(main, method, flags, epochs):
     """A run `whole`, and one in `parts`, which is stopped once it has saved so many epochs."""
-    saved, end_epoch = itertools.count(1), Run.end_epoch
-
-    def stopping(*given):
-        end_epoch(*given)
-        if next(saved) == epochs:
-            raise KeyboardInterrupt
     main([*method, *flags, "--out=whole"])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "end_epoch", stopping)
-        main([*method, *flags, "--out=parts"])
+    stop_after(epochs, main, [*method, *flags, "--out=parts"])
     main([*method, "--resume=parts"])
 
 

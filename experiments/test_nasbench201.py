@@ -16,9 +16,9 @@ from torch import nn
 from experiments import figures, nasbench201
 from experiments.nasbench201 import SuperNet201, from_text, look_up, rank_sum_p, to_text
 from model import place
-from test_experiments import checkpoints, read_log, stop_and_resume
-from test_vsdarts import (CPU, a_folder_of_its_own, assert_equals_oracle, float64, norm_at,
-                          refusal, slow_norm, tensors_equal)
+from test_experiments import stop_and_resume
+from test_vsdarts import (CPU, a_folder_of_its_own, assert_equals_oracle, checkpoints, float64,
+                          norm_at, read_log, refusal, slow_norm, tensors_equal)
 
 TINY = ["--dataset=digits", "--device=cpu", "--limit=128", "--batch_size=32", "--layers=3",
         "--init_channels=2"]
