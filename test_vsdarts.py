@@ -1293,7 +1293,7 @@ search --dataset cifar10 --device cpu             -> cifar10 cannot be read unde
 search --dataset fashion_mnist --device cpu       -> fashion_mnist cannot be read under data
 search --dataset svhn --device cpu                -> svhn cannot be read under data
 search --dataset digits --device warp             -> --device warp: Expected one of cpu
-search --dataset digits --device meta             -> --device meta: 
+search --dataset digits --device meta             -> --device meta:
 search --dataset digits --train_portion 0.0001    -> too few
 search --dataset digits --out /proc/nowhere/run   -> /proc/nowhere/run cannot be written
 retrain                                           -> --genotype is needed
@@ -1342,13 +1342,14 @@ def test_a_run_of_another_version_is_refused(whole, flag, said):
     assert said in refusal(retrain.main, [flag])
 
 
-@pytest.mark.parametrize("file, content", [
-    ("run/notes.txt", "mine"), ("run/config.json", '{"lr": 1}'), ("run", "no folder")])
-def test_what_a_user_has_in_a_folder_is_left_as_it_is(file, content):
+@pytest.mark.parametrize("file, content, said", [
+    ("run/notes.txt", "mine", "is in use"), ("run/config.json", '{"lr": 1}', "is in use"),
+    ("run", "no folder", "cannot be written (File exists)")])
+def test_what_a_user_has_in_a_folder_is_left_as_it_is(file, content, said):
     Path(file).parent.mkdir(exist_ok=True)
     Path(file).write_text(content)
     before = {*Path().rglob("*")}
-    assert refusal(search.main, [*TINY, "--out=run"]).startswith("run ")
+    assert refusal(search.main, [*TINY, "--out=run"]).startswith(f"run {said}")
     assert {*Path().rglob("*")} == before and Path(file).read_text() == content
 
 
