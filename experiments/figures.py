@@ -551,21 +551,27 @@ def draw201(column, numbers):
 
 
 def print_table201(numbers):
-    """Markdown, of the last epoch's cells. p: against DARTS-L2, if both are finished."""
+    """Markdown, of the last epoch's cells.
+
+    p: of the rank-sum test against DARTS-L2, if both are finished; paired: of the signed-rank
+    test, over the seeds that both have.
+    """
     tables.print_row("method", "seeds", "median", "mean ± deviation", "least", "most",
-                     "below 90 %", "p", "beta of skip_connect", "beta of none")
-    tables.print_row(*["---"] * 10)
+                     "below 90 %", "p", "paired", "beta of skip_connect", "beta of none")
+    tables.print_row(*["---"] * 11)
     base = numbers.get("DARTS-L2", {"unfinished": 1})
     for name, run in numbers.items():
-        last, p = [line[-1] for line in run["accuracies"]], "-"
+        last, p, paired = [line[-1] for line in run["accuracies"]], "-", "-"
         if name != "DARTS-L2" and not run["unfinished"] + base["unfinished"]:
-            p = nasbench201.rank_sum_p(last, [line[-1] for line in base["accuracies"]])
-            p = f"{p:.4f}"
+            of_base = {seed: line[-1] for seed, line in zip(base["seeds"], base["accuracies"])}
+            gaps = [value - of_base[k] for k, value in zip(run["seeds"], last) if k in of_base]
+            p = f"{nasbench201.rank_sum_p(last, [*of_base.values()]):.4f}"
+            paired = f"{nasbench201.signed_rank_p(gaps):.4f}"
         part = f" ({run['unfinished']} unfinished)" if run["unfinished"] else ""
         deviation = f" ± {np.std(last, ddof=1):.2f}" if len(last) > 1 else ""
         tables.print_row(name, f"{len(last)}{part}", f"{np.median(last):.2f}",
                          f"{np.mean(last):.2f}{deviation}", f"{min(last):.2f}", f"{max(last):.2f}",
-                         str(sum(value < 90 for value in last)), p,
+                         str(sum(value < 90 for value in last)), p, paired,
                          *(f"{run['beta'][name]:.3f}" for name in ("skip_connect", "none")))
 
 

@@ -177,15 +177,30 @@ def summary(args, log):
 
 # ---------------------------------------------------------------- comparison of methods
 
+def ranks(values):
+    """From 1; equal values share the mean of their ranks."""
+    return [(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values]
+
+
 def rank_sum_p(x, y):
     """Two-sided p of the rank-sum test, exact with ties.
 
     Of all ways to divide the values, the share in which x's ranks sum as far from their mean.
     """
-    values = np.array([*x, *y])
-    ranks = [(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values]
-    sums = np.array([sum(part) for part in itertools.combinations(ranks, len(x))])
-    return float((abs(sums - sums.mean()) >= abs(sum(ranks[:len(x)]) - sums.mean()) - 1e-9).mean())
+    both = ranks(np.array([*x, *y]))
+    sums = np.array([sum(part) for part in itertools.combinations(both, len(x))])
+    return float((abs(sums - sums.mean()) >= abs(sum(both[:len(x)]) - sums.mean()) - 1e-9).mean())
+
+
+def signed_rank_p(gaps):
+    """Two-sided p of the signed-rank test, exact with ties; gaps of zero are left out.
+
+    Of all ways to choose signs, the share in which the signed ranks sum as far from zero.
+    """
+    gaps = np.array([gap for gap in np.round(gaps, 6) if gap])              # equal gaps tie
+    sizes = ranks(abs(gaps))
+    sums = [np.dot(signs, sizes) for signs in itertools.product((-1, 1), repeat=len(sizes))]
+    return float((np.abs(sums) >= abs(np.dot(np.sign(gaps), sizes)) - 1e-9).mean())
 
 
 # ---------------------------------------------------------------- the command

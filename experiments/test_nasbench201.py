@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments import figures, nasbench201
-from experiments.nasbench201 import SuperNet201, from_text, look_up, rank_sum_p, to_text
+from experiments.nasbench201 import (SuperNet201, from_text, look_up, rank_sum_p,
+                                     signed_rank_p, to_text)
 from model import place
 from test_experiments import stop_and_resume
 from test_vsdarts import (CPU, a_folder_of_its_own, assert_equals_oracle, checkpoints, float64,
@@ -163,6 +164,19 @@ def test_the_rank_sum_test_with_ties_equals_brute_force():
     assert 0.1 < expected < 0.9 and rank_sum_p(values[:4], values[4:]) == pytest.approx(expected)
 
 
+def test_the_signed_rank_test_is_exact():
+    assert signed_rank_p([1, 2, 3, 4, 5]) == signed_rank_p([-1, -2, -3, -4, -5]) == 2 / 32
+    assert signed_rank_p([1, 2, 3, 4, -5]) == 20 / 32      # 10 of 32 ways sum to 5 or less below 0
+
+
+def test_the_signed_rank_test_with_ties_and_zeros_equals_brute_force():
+    """Gaps of 0.1 0.1 -0.3 0.3 2 have ranks 1.5 1.5 3.5 3.5 5: with signs their sum is 8."""
+    sums = [1.5 * a + 1.5 * b + 3.5 * c + 3.5 * d + 5 * e
+            for a, b, c, d, e in itertools.product((-1, 1), repeat=5)]
+    expected = sum(abs(value) >= 8 for value in sums) / 32
+    assert signed_rank_p([90.1 - 90, 0, 0.1, -0.3, 92.3 - 92, 2]) == expected
+
+
 # ---------------------------------------------------------------- the picture and the table
 
 def made_up(method, seed, accuracy, **flags):
@@ -203,16 +217,16 @@ def test_the_table_equals_a_plain_computation(capsys):
     deviation = statistics.stdev([90, 89, 86])
     p = 2 / math.comb(5, 2)                                 # all above, or all below
     assert darts == (f"| DARTS-L2 | 3 | 89.00 | {265 / 3:.2f} ± {deviation:.2f} "
-                     "| 86.00 | 90.00 | 2 | - | 0.210 | 0.100 |")
+                     "| 86.00 | 90.00 | 2 | - | - | 0.210 | 0.100 |")
     assert vs_darts == ("| VS-DARTS | 2 | 93.50 | 93.50 ± 0.71 | 93.00 | 94.00 | 0 "
-                        f"| {p:.4f} | 0.205 | 0.100 |")
+                        f"| {p:.4f} | 0.5000 | 0.205 | 0.100 |")
 
 
 def test_an_unfinished_run_is_shown_but_not_tested(capsys):
     unfinished = {**VS_DARTS[1], "accuracy": [70.0]}
     _, row = table(capsys, [*DARTS, VS_DARTS[0], unfinished])
     assert row.startswith("| VS-DARTS | 2 (1 unfinished) | 82.00 | 82.00 ± 16.97 |")
-    assert " | 1 | - | " in row                             # one below 90 %, and no p
+    assert " | 1 | - | - | " in row                         # one below 90 %, and no p
 
 
 def test_a_run_counts_once_and_methods_can_be_chosen(capsys):
