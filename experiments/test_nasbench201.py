@@ -222,6 +222,14 @@ def test_the_table_equals_a_plain_computation(capsys):
                         f"| {p:.4f} | 0.5000 | 0.205 | 0.100 |")
 
 
+def test_seeds_are_paired_by_their_numbers_not_their_places(capsys):
+    """Seeds 2, 1, 0 of DARTS-L2 end at 86, 89, 90; those of VS-DARTS above; its seed 7 is alone."""
+    ends = {7: 1.0, 0: 91.0, 1: 90.0, 2: 87.0}
+    above = [made_up("vs_darts_1", seed, [0.0, 0.0, end]) for seed, end in ends.items()]
+    row = table(capsys, [*DARTS[::-1], *above])[1]
+    assert row.split(" | ")[8] == f"{2 / 2 ** 3:.4f}"       # all three, or none, above
+
+
 def test_an_unfinished_run_is_shown_but_not_tested(capsys):
     unfinished = {**VS_DARTS[1], "accuracy": [70.0]}
     _, row = table(capsys, [*DARTS, VS_DARTS[0], unfinished])
